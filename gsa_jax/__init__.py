@@ -1,0 +1,1 @@
+"""Gated Slot Attention and its relatives in JAX."""

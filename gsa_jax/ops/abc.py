@@ -1,0 +1,65 @@
+"""ABC's gate: attention with bounded-memory control as Gated Slot Attention."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from gsa_jax.ops.arguments import check_array, check_segment_ids, document_starts, state_dtype, zero_state
+
+
+def abc_log_decay(write_logits, *, initial_normalizer=None, segment_ids=None):
+    """The log decay that turns Gated Slot Attention into ABC (arXiv 2110.02488; GSA paper, section 2).
+
+    ABC writes token t with the share of exp(s[t]) in all write logits so far. With the running normalizer
+    z[t] = logsumexp(s[0..t]) that is the gate exp(z[t-1] - z[t]) and the write strength exp(s[t] - z[t]). The two add
+    up to one, so it is Gated Slot Attention with its default write strength and
+
+        log_decay[t] = log_sigmoid(z[t-1] - s[t])
+
+    Args:
+      write_logits: s, [B, T, G, M], floating.
+      initial_normalizer: z before the first token, [B, G, M]; by default -inf, nothing written yet.
+      segment_ids: integers [B, T]; every document begins with an empty normalizer.
+
+    Returns:
+      (log_decay [B, T, G, M] in float32, z after the last token [B, G, M]: pass it on with the `SlotState`).
+
+    Raises:
+      TypeError, ValueError: an argument has the wrong dtype or shape; the message names it.
+    """
+    check_array("write_logits", write_logits, dict.fromkeys("BTGM"))
+    batch_size, length, num_groups, num_slots = write_logits.shape
+    check_segment_ids(segment_ids, {"B": batch_size, "T": length})
+    logits = write_logits.astype(state_dtype(write_logits))
+    shape = {"B": batch_size, "G": num_groups, "M": num_slots}
+    if initial_normalizer is None:
+        initial_normalizer = zero_state(tuple(shape.values()), logits.dtype, like=logits) - jnp.inf
+    check_array("initial_normalizer", initial_normalizer, shape)
+
+    starts = jnp.zeros((batch_size, length), bool) if segment_ids is None else document_starts(segment_ids)
+    starts = jnp.broadcast_to(starts[:, :, None, None], logits.shape)
+    _, normalizers = lax.associative_scan(_append, (starts, logits), axis=1)
+    in_first_document = lax.cummax(starts.astype(jnp.int32), axis=1) == 0
+    initial = initial_normalizer.astype(logits.dtype)[:, None]
+    normalizers = jnp.where(in_first_document, jnp.logaddexp(initial, normalizers), normalizers)
+    before = jnp.concatenate([initial, normalizers[:, :-1]], axis=1)
+    return _log_share_kept(jnp.where(starts, -jnp.inf, before), logits), normalizers[:, -1]
+
+
+def abc_log_decay_step(write_logits, normalizer):
+    """One token of `abc_log_decay`: write_logits and normalizer [B, G, M]; returns (log_decay, the new normalizer)."""
+    logits = write_logits.astype(state_dtype(write_logits))
+    return _log_share_kept(normalizer, logits), jnp.logaddexp(normalizer, logits)
+
+
+def _append(left, right):
+    """Normalizers of two neighbouring stretches, each (does a document start in it, logsumexp since that start)."""
+    (left_start, left_sum), (right_start, right_sum) = left, right
+    return left_start | right_start, jnp.where(right_start, right_sum, jnp.logaddexp(left_sum, right_sum))
+
+
+def _log_share_kept(normalizer, logits):
+    """log(e^z / (e^z + e^s)); -inf where nothing was written before, with a gradient of zero there."""
+    empty = normalizer == -jnp.inf
+    kept = jax.nn.log_sigmoid(jnp.where(empty, 0, normalizer) - logits)
+    return jnp.where(empty, -jnp.inf, kept)

@@ -1,0 +1,105 @@
+"""What the public functions of this package have in common: checking arguments, heads in groups, packed documents."""
+
+import jax
+import jax.numpy as jnp
+
+
+def state_dtype(*arrays):
+    """float32, or float64 where an input is float64 (possible under jax_enable_x64 only)."""
+    return jnp.promote_types(jnp.float32, jnp.result_type(*arrays))
+
+
+def check_array(name, x, shape):
+    """Raises unless `x` is a floating array of that shape; letters in `shape` document sizes fixed by other arguments.
+
+    `shape` maps dimension names to sizes; a size of None admits any.
+    """
+    expected = "[" + ", ".join(d if size is None else f"{d}={size}" for d, size in shape.items()) + "]"
+    if not hasattr(x, "shape") or not hasattr(x, "dtype"):
+        raise TypeError(f"{name} must be an array of shape {expected}, got {type(x).__name__}")
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"{name} must be floating point, got dtype {x.dtype}")
+    fits = len(x.shape) == len(shape) and all(
+        size is None or n == size for n, size in zip(x.shape, shape.values(), strict=True)
+    )
+    if not fits or 0 in x.shape:
+        raise ValueError(f"{name} must have shape {expected} with no empty dimension, got {list(x.shape)}")
+
+
+def check_qkv(q, k, v, *, tokens=("B", "T")):
+    """Checks queries, keys and values against each other; `tokens` names the leading axes. Returns (leading, G, K, V)."""
+    check_array("q", q, dict.fromkeys((*tokens, "H", "K")))
+    *leading, num_heads, key_size = q.shape
+    leading = dict(zip(tokens, leading, strict=True))
+    check_array("k", k, leading | {"G": None, "K": key_size})
+    num_groups = k.shape[-2]
+    check_array("v", v, leading | {"G": num_groups, "V": None})
+    if num_heads % num_groups:
+        raise ValueError(f"the heads of q must be a multiple of the heads of k and v, got H={num_heads}, G={num_groups}")
+    if not q.dtype == k.dtype == v.dtype:
+        raise TypeError(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
+    return leading, num_groups, key_size, v.shape[-1]
+
+
+def check_segment_ids(segment_ids, leading):
+    """Raises unless `segment_ids` is None or an integer array [B, T]."""
+    if segment_ids is None:
+        return
+    shape = tuple(leading.values())
+    if not hasattr(segment_ids, "dtype") or not jnp.issubdtype(segment_ids.dtype, jnp.integer):
+        raise TypeError(f"segment_ids must be an integer array, got {getattr(segment_ids, 'dtype', type(segment_ids))}")
+    if segment_ids.shape != shape:
+        raise ValueError(f"segment_ids must have shape [B={shape[0]}, T={shape[1]}], got {list(segment_ids.shape)}")
+
+
+def check_chunk_size(chunk_size):
+    """Raises unless `chunk_size` is None or a power of two."""
+    if chunk_size is None:
+        return
+    if not isinstance(chunk_size, int) or chunk_size < 1 or chunk_size & (chunk_size - 1):
+        raise ValueError(f"chunk_size must be a power of two or None, got {chunk_size!r}")
+
+
+def select(implementation, implementations):
+    """The implementation of that name; the chunked one for None. Raises for names that are unknown or not yet there."""
+    if implementation is None:
+        return implementations["chunked"]
+    if implementation == "pallas" and "pallas" not in implementations:
+        raise NotImplementedError(
+            "implementation='pallas': the Pallas GPU kernels are not part of this version; "
+            "use implementation='chunked', or None for the fastest that fits"
+        )
+    if implementation not in implementations:
+        known = ", ".join(map(repr, implementations))
+        raise ValueError(f"implementation must be one of {known} or None, got {implementation!r}")
+    return implementations[implementation]
+
+
+def zero_state(shape, dtype, like):
+    """A state of zeros, sharded inside `jax.shard_map` as the array `like` is."""
+    zeros = jnp.zeros(shape, dtype)
+    axes = tuple(getattr(jax.typeof(like), "vma", ()))
+    return jax.lax.pcast(zeros, axes, to="varying") if axes else zeros
+
+
+def group_heads(q, num_groups):
+    """[..., H, K] -> [..., G, R, K]: the R = H / G query heads that read one state stand together."""
+    return q.reshape(*q.shape[:-2], num_groups, q.shape[-2] // num_groups, q.shape[-1])
+
+
+def ungroup_heads(out):
+    """[..., G, R, V] -> [..., H, V]."""
+    return out.reshape(*out.shape[:-3], out.shape[-3] * out.shape[-2], out.shape[-1])
+
+
+def document_starts(segment_ids):
+    """[B, T] bool: where a document begins that is not the row's first (that one goes on from the initial state)."""
+    changed = segment_ids[:, 1:] != segment_ids[:, :-1]
+    return jnp.pad(changed, ((0, 0), (1, 0)))
+
+
+def forget_at_document_starts(log_decay, segment_ids):
+    """Documents packed into one row don't see each other: a gate of exp(-inf) = 0 stands at each document's start."""
+    if segment_ids is None:
+        return log_decay
+    return jnp.where(document_starts(segment_ids)[:, :, None, None], -jnp.inf, log_decay)

@@ -1,0 +1,90 @@
+"""Gated linear attention on arrays: whole sequences and single tokens."""
+
+from gsa_jax.ops import chunked, scan
+from gsa_jax.ops.arguments import (
+    check_array,
+    check_chunk_size,
+    check_qkv,
+    check_segment_ids,
+    forget_at_document_starts,
+    group_heads,
+    select,
+    state_dtype,
+    ungroup_heads,
+    zero_state,
+)
+
+_IMPLEMENTATIONS = {"scan": scan.gated_linear_attention, "chunked": chunked.gated_linear_attention}
+
+
+def gated_linear_attention(
+    q, k, v, log_decay, *, scale=None, initial_state=None, segment_ids=None, implementation=None, chunk_size=None
+):
+    """Gated linear attention over whole sequences (arXiv 2312.06635, equation 3).
+
+        H[t]   = diag(exp(log_decay[t])) H[t-1] + k[t] ⊗ v[t]
+        out[t] = scale · H[t]ᵀ q[t]
+
+    With other gates and keys the same function is HGRN2 (k = 1 - f), RetNet (a constant gate per head), Mamba-2
+    (a scalar gate per token and head) and linear attention (log_decay = 0). Differentiable in every floating input
+    and in the initial state.
+
+    Args:
+      q: queries [B, T, H, K]. H is a multiple of G; query heads h with the same h // (H/G) read one state.
+      k: keys [B, T, G, K], of q's dtype.
+      v: values [B, T, G, V], of q's dtype.
+      log_decay: natural logarithm of the forget gate, [B, T, G, K], or [B, T, G, 1] for one gate per head; any values
+        <= 0 including -inf ("forget all").
+      scale: factor on the output, K ** -0.5 by default.
+      initial_state: the state [B, G, K, V] that the first token finds; zeros by default.
+      segment_ids, implementation, chunk_size: as for `gsa_jax.ops.gated_slot_attention`.
+
+    Returns:
+      (out [B, T, H, V] in v's dtype, state [B, G, K, V] after the last token). Gates and states are float32, and so
+      are all products for float32 inputs; lower-precision inputs are multiplied as they are and summed in float32.
+
+    Raises:
+      TypeError, ValueError: an argument has the wrong dtype, shape or value; the message names it.
+      NotImplementedError: `implementation="pallas"`.
+    """
+    leading, num_groups, key_size, value_size = check_qkv(q, k, v)
+    _check_log_decay(log_decay, leading, num_groups, key_size)
+    check_segment_ids(segment_ids, leading)
+    check_chunk_size(chunk_size)
+    run = select(implementation, _IMPLEMENTATIONS)
+
+    dtype = state_dtype(q, log_decay)
+    shape = {"B": q.shape[0], "G": num_groups, "K": key_size, "V": value_size}
+    if initial_state is None:
+        initial_state = zero_state(tuple(shape.values()), dtype, like=k)
+    check_array("initial_state", initial_state, shape)
+
+    log_decay = forget_at_document_starts(log_decay.astype(dtype), segment_ids)
+    scale = key_size**-0.5 if scale is None else scale
+    options = {"chunk_size": chunk_size} if run is chunked.gated_linear_attention else {}
+    q = group_heads(q, num_groups)
+    out, state = run(q, k, v, log_decay, scale=scale, initial_state=initial_state.astype(dtype), **options)
+    return ungroup_heads(out), state
+
+
+def gated_linear_attention_step(q, k, v, log_decay, state, *, scale=None):
+    """One token of `gated_linear_attention`: the same equations for q [B, H, K], k [B, G, K], v [B, G, V],
+    log_decay [B, G, K or 1] and a state [B, G, K, V]. Returns (out [B, H, V] in v's dtype, the new state).
+
+    Raises:
+      TypeError, ValueError: an argument has the wrong dtype or shape; the message names it.
+    """
+    leading, num_groups, key_size, value_size = check_qkv(q, k, v, tokens=("B",))
+    _check_log_decay(log_decay, leading, num_groups, key_size)
+    check_array("state", state, leading | {"G": num_groups, "K": key_size, "V": value_size})
+    dtype = state_dtype(q, log_decay)
+    scale = key_size**-0.5 if scale is None else scale
+
+    state = scan.write(state.astype(dtype), log_decay.astype(dtype), k.astype(dtype), v.astype(dtype))
+    out = scale * scan.read_columns(state, group_heads(q, num_groups).astype(dtype))
+    return ungroup_heads(out.astype(v.dtype)), state
+
+
+def _check_log_decay(log_decay, leading, num_groups, key_size):
+    per_head = getattr(log_decay, "shape", (0,))[-1:] == (1,)
+    check_array("log_decay", log_decay, leading | {"G": num_groups, "K": 1 if per_head else key_size})

@@ -1,0 +1,144 @@
+"""Gated Slot Attention on arrays: whole sequences and single tokens."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from gsa_jax.ops import chunked, scan
+from gsa_jax.ops.arguments import (
+    check_array,
+    check_chunk_size,
+    check_qkv,
+    check_segment_ids,
+    forget_at_document_starts,
+    group_heads,
+    select,
+    state_dtype,
+    ungroup_heads,
+    zero_state,
+)
+
+_IMPLEMENTATIONS = {"scan": scan.gated_slot_attention, "chunked": chunked.gated_slot_attention}
+
+
+class SlotState(NamedTuple):
+    """The two memories of Gated Slot Attention: M slots, each with a key row and a value row, in float32."""
+
+    keys: jax.Array
+    """Kmem, [B, G, M, K]"""
+    values: jax.Array
+    """Vmem, [B, G, M, V]"""
+
+
+def gated_slot_attention(
+    q,
+    k,
+    v,
+    log_decay,
+    write=None,
+    *,
+    scale=1.0,
+    initial_state=None,
+    segment_ids=None,
+    implementation=None,
+    chunk_size=None,
+):
+    """Gated Slot Attention over whole sequences (arXiv 2409.07146, section 3).
+
+    A bounded memory of M slots is written and read at every token t:
+
+        Kmem[t] = diag(a[t]) Kmem[t-1] + w[t] ⊗ k[t]          a[t] = exp(log_decay[t])
+        Vmem[t] = diag(a[t]) Vmem[t-1] + w[t] ⊗ v[t]
+        out[t]  = Vmem[t]ᵀ softmax(scale · Kmem[t] q[t])
+
+    Differentiable in every floating input and in the initial state.
+
+    Args:
+      q: queries [B, T, H, K]. H is a multiple of G; query heads h with the same h // (H/G) read one memory.
+      k: keys [B, T, G, K], of q's dtype.
+      v: values [B, T, G, V], of q's dtype.
+      log_decay: natural logarithm of the forget gate, [B, T, G, M], any values <= 0 including -inf ("forget all").
+      write: write strength w [B, T, G, M]; by default 1 - exp(log_decay), computed without cancellation.
+      scale: factor on the softmax logits.
+      initial_state: `SlotState` that the first token finds; zeros by default.
+      segment_ids: integers [B, T]. Where the id changes from one token to the next a new document begins with an
+        empty memory; outputs and gradients of a document equal those of running it alone. The row's first document
+        goes on from `initial_state`; the returned state belongs to the row's last document.
+      implementation: "scan" (two `lax.scan`s over tokens, the definition), "chunked" (matrix products, any platform)
+        or None, the fastest that fits.
+      chunk_size: tokens in a chunk of "chunked", a power of two; by default chosen for the platform. Changes speed
+        and memory, not results.
+
+    Returns:
+      (out [B, T, H, V] in v's dtype, `SlotState` after the last token). Gates, states and softmax are float32, and
+      so are all products for float32 inputs; lower-precision inputs are multiplied as they are and summed in float32.
+
+    Raises:
+      TypeError, ValueError: an argument has the wrong dtype, shape or value; the message names it.
+      NotImplementedError: `implementation="pallas"`.
+    """
+    leading, num_groups, key_size, value_size = check_qkv(q, k, v)
+    check_array("log_decay", log_decay, leading | {"G": num_groups, "M": None})
+    slots = {"G": num_groups, "M": log_decay.shape[-1]}
+    if write is not None:
+        check_array("write", write, leading | slots)
+    check_segment_ids(segment_ids, leading)
+    check_chunk_size(chunk_size)
+    run = select(implementation, _IMPLEMENTATIONS)
+
+    dtype = state_dtype(q, log_decay)
+    if initial_state is None:
+        batch_size = q.shape[0]
+        initial_state = SlotState(
+            zero_state((batch_size, *slots.values(), key_size), dtype, like=k),
+            zero_state((batch_size, *slots.values(), value_size), dtype, like=v),
+        )
+    state = _check_state(initial_state, {"B": q.shape[0]} | slots, key_size, value_size, dtype)
+
+    log_decay = log_decay.astype(dtype)
+    write = write_strength(log_decay) if write is None else write
+    log_decay = forget_at_document_starts(log_decay, segment_ids)
+    options = {"chunk_size": chunk_size} if run is chunked.gated_slot_attention else {}
+    q = group_heads(q, num_groups)
+    out, state = run(q, k, v, log_decay, write, scale=scale, initial_state=state, **options)
+    return ungroup_heads(out), SlotState(*state)
+
+
+def gated_slot_attention_step(q, k, v, log_decay, state, write=None, *, scale=1.0):
+    """One token of `gated_slot_attention`: the same equations for q [B, H, K], k [B, G, K], v [B, G, V],
+    log_decay and write [B, G, M] and a `SlotState`. Returns (out [B, H, V] in v's dtype, the new `SlotState`).
+
+    Raises:
+      TypeError, ValueError: an argument has the wrong dtype or shape; the message names it.
+    """
+    leading, num_groups, key_size, value_size = check_qkv(q, k, v, tokens=("B",))
+    check_array("log_decay", log_decay, leading | {"G": num_groups, "M": None})
+    slots = {"G": num_groups, "M": log_decay.shape[-1]}
+    if write is not None:
+        check_array("write", write, leading | slots)
+    dtype = state_dtype(q, log_decay)
+    state = _check_state(state, leading | slots, key_size, value_size, dtype)
+
+    log_decay = log_decay.astype(dtype)
+    write = (write_strength(log_decay) if write is None else write).astype(dtype)
+    keys = scan.write(state.keys, log_decay, write, k.astype(dtype))
+    values = scan.write(state.values, log_decay, write, v.astype(dtype))
+    p = jax.nn.softmax(scale * scan.read_rows(keys, group_heads(q, num_groups).astype(dtype)), axis=-1)
+    out = scan.read_columns(values, p).astype(v.dtype)
+    return ungroup_heads(out), SlotState(keys, values)
+
+
+def write_strength(log_decay):
+    """1 - exp(log_decay), exact also where the gate is close to one (paper, section 3.1: what is forgotten is written)."""
+    return -jnp.expm1(log_decay)
+
+
+def _check_state(state, slots, key_size, value_size, dtype):
+    try:
+        keys, values = state
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"the state must be a SlotState(keys, values), got {type(state).__name__}") from error
+    check_array("state.keys", keys, slots | {"K": key_size})
+    check_array("state.values", values, slots | {"V": value_size})
+    return SlotState(keys.astype(dtype), values.astype(dtype))

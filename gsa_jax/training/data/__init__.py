@@ -1,0 +1,27 @@
+"""Text in, batches of token ids out: corpora, tokenizers and the input pipeline."""
+
+from gsa_jax.training.data.corpus import STDLIB, Corpus, DataError, open_corpus
+from gsa_jax.training.data.pipeline import (
+    Batch,
+    DataConfig,
+    evaluation_stream,
+    training_batches,
+    validation_batches,
+)
+from gsa_jax.training.data.tokenizer import ByteTokenizer, FileTokenizer, Tokenizer, load_tokenizer
+
+__all__ = [
+    "STDLIB",
+    "Batch",
+    "ByteTokenizer",
+    "Corpus",
+    "DataConfig",
+    "DataError",
+    "FileTokenizer",
+    "Tokenizer",
+    "evaluation_stream",
+    "load_tokenizer",
+    "open_corpus",
+    "training_batches",
+    "validation_batches",
+]
