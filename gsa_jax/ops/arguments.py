@@ -27,7 +27,10 @@ def check_array(name, x, shape):
 
 
 def check_qkv(q, k, v, *, tokens=("B", "T")):
-    """Checks queries, keys and values against each other; `tokens` names the leading axes. Returns (leading, G, K, V)."""
+    """Checks queries, keys and values against each other; `tokens` names the leading axes.
+
+    Returns (leading sizes by name, G, K, V).
+    """
     check_array("q", q, dict.fromkeys((*tokens, "H", "K")))
     *leading, num_heads, key_size = q.shape
     leading = dict(zip(tokens, leading, strict=True))
@@ -35,7 +38,9 @@ def check_qkv(q, k, v, *, tokens=("B", "T")):
     num_groups = k.shape[-2]
     check_array("v", v, leading | {"G": num_groups, "V": None})
     if num_heads % num_groups:
-        raise ValueError(f"the heads of q must be a multiple of the heads of k and v, got H={num_heads}, G={num_groups}")
+        raise ValueError(
+            f"the heads of q must be a multiple of the heads of k and v, got H={num_heads}, G={num_groups}"
+        )
     if not q.dtype == k.dtype == v.dtype:
         raise TypeError(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
     return leading, num_groups, key_size, v.shape[-1]

@@ -28,6 +28,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from gsa_jax.ops.dot import dot
+
 
 class Decays(NamedTuple):
     """Products of forget gates inside each chunk, [..., C, M] unless noted; all in [0, 1]."""
@@ -84,7 +86,7 @@ def write_chunks(states, decays, write, written):
     `states` and `written` are tuples: everything written with the same key and gates goes through one scan.
     """
     key = (write * decays.until_end).mT
-    added = [_dot(key, x)[:, :, :, 0] for x in written]
+    added = [dot(key, x)[:, :, :, 0] for x in written]
     kept = decays.since_start[:, :, :, 0, -1, :, None]
 
     def next_chunk(states, chunk):
@@ -98,14 +100,14 @@ def write_chunks(states, decays, write, written):
 
 def read_rows(q, k, write, decays, state):
     """Every token's H q, [B, G, N, R, C, M], from the state entering the chunk and the tokens written in it."""
-    before = decays.since_start * _dot(q, state.mT.astype(q.dtype))
-    return before + decayed_sums(_dot(q, k.mT), write, decays, q.dtype)
+    before = decays.since_start * dot(q, state.mT.astype(q.dtype))
+    return before + decayed_sums(dot(q, k.mT), write, decays, q.dtype)
 
 
 def read_columns(p, write, v, decays, state):
     """Every token's Hᵀ p, [B, G, N, R, C, V], from the state entering the chunk and the tokens written in it."""
-    before = _dot((p * decays.since_start).astype(v.dtype), state.astype(v.dtype))
-    return before + _dot(decayed_scores(p, write, decays, v.dtype).astype(v.dtype), v)
+    before = dot((p * decays.since_start).astype(v.dtype), state.astype(v.dtype))
+    return before + dot(decayed_scores(p, write, decays, v.dtype).astype(v.dtype), v)
 
 
 def decayed_scores(p, write, decays, dtype):
@@ -186,7 +188,7 @@ def _from_chunks(x):
 
 
 def _halves(x, half):
-    """The earlier and the later halves of the blocks of 2·half tokens: [..., C, M] -> twice [..., C/(2·half), half, M]."""
+    """The earlier and later halves of the blocks of 2·half tokens: [..., C, M] -> twice [..., C/(2·half), half, M]."""
     blocks = x.reshape(*x.shape[:-2], -1, 2, half, x.shape[-1])
     return blocks[..., 0, :, :], blocks[..., 1, :, :]
 
@@ -201,31 +203,4 @@ def _block_dot(x, y, dtype):
     """x @ y of the blocks of one level; blocks too small for matrix units are multiplied and summed as they are."""
     if min(x.shape[-2], y.shape[-2], y.shape[-1]) < 8:
         return jnp.sum(x[..., :, :, None] * y[..., None, :, :], axis=-2)
-    return _dot(x.astype(dtype), y.astype(dtype))
-
-
-def _dot(x, y):
-    """x @ y, summed in float32. float32 factors are multiplied exactly; the others as they are, in both directions."""
-    dtype = jnp.promote_types(x.dtype, y.dtype)
-    x, y = x.astype(dtype), y.astype(dtype)
-    if dtype in (jnp.float32, jnp.float64):
-        return jnp.matmul(x, y, precision=lax.Precision.HIGHEST)
-    return _low_precision_dot(x, y)
-
-
-@jax.custom_vjp
-def _low_precision_dot(x, y):
-    return jnp.matmul(x, y, preferred_element_type=jnp.float32)
-
-
-def _low_precision_dot_forward(x, y):
-    return _low_precision_dot(x, y), (x, y)
-
-
-def _low_precision_dot_backward(factors, cotangent):
-    """Rounds the cotangent to the factors' dtype: autodiff would multiply it in float32, at half the speed or less."""
-    _, pullback = jax.vjp(jnp.matmul, *factors)
-    return pullback(cotangent.astype(factors[0].dtype))
-
-
-_low_precision_dot.defvjp(_low_precision_dot_forward, _low_precision_dot_backward)
+    return dot(x.astype(dtype), y.astype(dtype))

@@ -17,7 +17,7 @@ from jax import lax
 
 
 def write(state, log_decay, key, value):
-    """H <- diag(exp(g)) H + w ⊗ x for one token: state [B,G,M,D], log_decay [B,G,M or 1], key [B,G,M], value [B,G,D]."""
+    """diag(exp(g)) H + w ⊗ x for one token: state [B,G,M,D], log_decay [B,G,M or 1], key [B,G,M], value [B,G,D]."""
     return jnp.exp(log_decay)[..., None] * state + key[..., :, None] * value[..., None, :]
 
 

@@ -130,7 +130,7 @@ def gated_slot_attention_step(q, k, v, log_decay, state, write=None, *, scale=1.
 
 
 def write_strength(log_decay):
-    """1 - exp(log_decay), exact also where the gate is close to one (paper, section 3.1: what is forgotten is written)."""
+    """1 - exp(log_decay), exact also for gates close to one: what is forgotten is written (paper, section 3.1)."""
     return -jnp.expm1(log_decay)
 
 

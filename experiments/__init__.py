@@ -1,0 +1,1 @@
+"""Scripts people run: `python -m experiments.NAME --help` says what each one does."""

@@ -1,0 +1,69 @@
+"""Generation: the prompt in one pass, then one token at a time with a state of constant size."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from gsa_jax.generation.sampling import SamplingConfig, sample
+
+
+def generate(model, prompt, num_tokens, *, sampling=None, key=None):
+    """Continues `prompt` [B, T] int by `num_tokens` tokens: returns [B, num_tokens] int32.
+
+    The decode loop runs inside one jit; a second call with the same shapes compiles nothing.
+    """
+    return jnp.concatenate(list(stream(model, prompt, num_tokens, sampling=sampling, key=key)), axis=1)
+
+
+def stream(model, prompt, num_tokens, *, sampling=None, key=None, block_size=None):
+    """Yields the tokens of `generate` in blocks [B, up to block_size], as they are drawn; by default all in one block.
+
+    Every block is one call of a jitted loop, so memory is constant and the device works ahead of the host. The tokens
+    do not depend on `block_size`.
+
+    Raises:
+      ValueError: the prompt is empty or not [B, T], or `num_tokens` is less than 1.
+    """
+    prompt = jnp.asarray(prompt, jnp.int32)
+    if prompt.ndim != 2 or 0 in prompt.shape:
+        raise ValueError(f"prompt must have shape [B, T] with at least one token, got {list(prompt.shape)}")
+    if num_tokens < 1:
+        raise ValueError(f"num_tokens must be at least 1, got {num_tokens}")
+    sampling = SamplingConfig() if sampling is None else sampling
+    key = jax.random.key(0) if key is None else key
+    block_size = num_tokens if block_size is None else block_size
+    definition, parameters = nnx.split(model)
+
+    max_length = prompt.shape[1] + num_tokens
+    carry = _prefill(definition, parameters, prompt, key, sampling=sampling, max_length=max_length)
+    for start in range(0, num_tokens, block_size):
+        length = min(block_size, num_tokens - start)
+        carry, tokens = _decode(definition, parameters, carry, sampling=sampling, num_tokens=length)
+        yield tokens
+
+
+@functools.partial(jax.jit, static_argnames=("sampling", "max_length"))
+def _prefill(definition, parameters, prompt, key, *, sampling, max_length):
+    """Reads the prompt; returns the decode loop's carry: (first new token [B], state, key)."""
+    model = nnx.merge(definition, parameters)
+    hidden, state = model.hidden(prompt, model.init_state(prompt.shape[0], max_length))
+    key, token_key = jax.random.split(key)
+    return sample(model.logits(hidden[:, -1]), token_key, sampling), state, key
+
+
+@functools.partial(jax.jit, static_argnames=("sampling", "num_tokens"), donate_argnames="carry")
+def _decode(definition, parameters, carry, *, sampling, num_tokens):
+    """Emits the carry's token and draws the next one, `num_tokens` times: returns (carry, tokens [B, num_tokens])."""
+    model = nnx.merge(definition, parameters)
+
+    def next_token(carry, _):
+        token, state, key = carry
+        logits, state = model.step(token, state)
+        key, token_key = jax.random.split(key)
+        return (sample(logits, token_key, sampling), state, key), token
+
+    carry, tokens = lax.scan(next_token, carry, length=num_tokens)
+    return carry, tokens.T

@@ -1,0 +1,84 @@
+"""HGRN2: gated linear RNN with state expansion."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from gsa_jax.layers.linear import linear
+from gsa_jax.layers.mixer import Mixer, merge_heads
+from gsa_jax.layers.norm import RMSNorm
+from gsa_jax.ops import gated_linear_attention
+
+
+@dataclass(frozen=True)
+class HGRN2Config:
+    """Settings of an HGRN2 layer; the defaults are the paper's."""
+
+    expand_ratio: int = 128
+    """rows of the state per head: the head size; hidden_size / expand_ratio heads"""
+    norm_epsilon: float = 1e-5
+    """epsilon of the output norm"""
+
+
+class HGRN2(Mixer):
+    """HGRN2 (arXiv 2404.07904, section 3.2): the key is what the forget gate leaves free.
+
+        f = lower_bound + (1 - lower_bound) ⊙ sigmoid(W_f x)
+        y = W_o RMSNorm(GLA(q = swish(W_q x), k = 1 - f, v = W_i x, gate f))
+
+    The norm spans all heads. The state is float32 [B, H, K, V] with K = V = expand_ratio.
+    """
+
+    Config = HGRN2Config
+
+    def __init__(self, hidden_size, config=None, *, implementation=None, dtype=jnp.float32, rngs):
+        config = self.Config() if config is None else config
+        if hidden_size % config.expand_ratio:
+            raise ValueError(
+                f"hidden_size must be a multiple of expand_ratio, got {hidden_size}, {config.expand_ratio}"
+            )
+        self.head_size = config.expand_ratio
+        self.num_heads = hidden_size // config.expand_ratio
+        self.implementation = implementation
+        into_heads = ("embed", "heads")
+        self.q = linear(hidden_size, hidden_size, into_heads, dtype=dtype, rngs=rngs)
+        self.forget = linear(hidden_size, hidden_size, into_heads, dtype=dtype, float32_out=True, rngs=rngs)
+        self.input = linear(hidden_size, hidden_size, into_heads, dtype=dtype, rngs=rngs)
+        self.norm = RMSNorm(hidden_size, epsilon=config.norm_epsilon, dtype=dtype, rngs=rngs)
+        self.out = linear(hidden_size, hidden_size, ("heads", "embed"), dtype=dtype, rngs=rngs)
+
+    def __call__(self, x, state=None, segment_ids=None, *, lower_bound=0.0):
+        """As every mixer; `lower_bound` [D] of the forget gate, in [0, 1), from `lower_bounds`."""
+        logits = self.forget(x)
+        log_forget = jnp.log(lower_bound + (1 - lower_bound) * nnx.sigmoid(logits))
+        key = (1 - lower_bound) * nnx.sigmoid(-logits)
+        q = jax.nn.swish(self.q(x))
+        out, state = gated_linear_attention(
+            self._heads(q),
+            self._heads(key.astype(q.dtype)),
+            self._heads(self.input(x)),
+            self._heads(log_forget),
+            initial_state=state,
+            segment_ids=segment_ids,
+            implementation=self.implementation,
+        )
+        return self.out(self.norm(merge_heads(out))), state
+
+    def _heads(self, x):
+        return x.reshape(*x.shape[:-1], self.num_heads, self.head_size)
+
+    def step(self, x, state, *, lower_bound=0.0):
+        y, state = self(x[:, None], state, lower_bound=lower_bound)
+        return y[:, 0], state
+
+    def init_state(self, batch_size, max_length=None):
+        return jnp.zeros((batch_size, self.num_heads, self.head_size, self.head_size))
+
+
+def lower_bounds(logits):
+    """The layers' lower bounds of the forget gate from learned logits [L, D]: 0 in the first layer, growing with depth
+    (HGRN, arXiv 2311.04823, section 3.2): a cumulative softmax over the layers less its first row."""
+    bounds = jnp.cumsum(jax.nn.softmax(logits, axis=0), axis=0)
+    return bounds - bounds[0]

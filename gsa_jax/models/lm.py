@@ -1,0 +1,150 @@
+"""The causal language model."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from gsa_jax.layers import MIXERS, RMSNorm, SwiGLU, lower_bounds
+from gsa_jax.layers.linear import linear
+from gsa_jax.models.config import ModelConfig
+from gsa_jax.ops.dot import dot
+
+
+class Block(nnx.Module):
+    """x + mixer(norm(x)), then x + SwiGLU(norm(x))."""
+
+    def __init__(self, config: ModelConfig, mixer: str, *, dtype, rngs):
+        norm = functools.partial(RMSNorm, config.hidden_size, epsilon=config.norm_epsilon, dtype=dtype, rngs=rngs)
+        self.mixer_norm = norm()
+        self.mixer = MIXERS[mixer](
+            config.hidden_size, getattr(config, mixer), implementation=config.implementation, dtype=dtype, rngs=rngs
+        )
+        self.mlp_norm = norm()
+        self.mlp = SwiGLU(config.hidden_size, config.resolved_mlp_size, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x, state, segment_ids, **mixer_inputs):
+        """x [B, T, D] -> (x [B, T, D], the mixer's new state)."""
+        y, state = self.mixer(self.mixer_norm(x), state, segment_ids, **mixer_inputs)
+        x = x + y
+        return x + self.mlp(self.mlp_norm(x)), state
+
+
+class LanguageModel(nnx.Module):
+    """A causal language model: embedding, blocks, norm, head.
+
+    The blocks of one pattern of mixers are one step of a `lax.scan` over the depth, so that compile time does not grow
+    with the number of layers. `blocks[i]` holds the parameters of position i of the pattern, stacked over its repeats.
+    Parameters are float32; activations have `dtype`, logits are float32.
+    """
+
+    def __init__(self, config: ModelConfig, *, dtype=jnp.float32, rngs: nnx.Rngs):
+        self.config = config
+        self.dtype = dtype
+        self.num_repeats = config.num_layers // len(config.mixers)
+        self.embedding = nnx.Embed(
+            config.vocab_size,
+            config.hidden_size,
+            dtype=dtype,
+            param_dtype=jnp.float32,
+            embedding_init=nnx.initializers.normal(0.02),
+            embedding_metadata={"axes": ("vocab", "embed")},
+            rngs=rngs,
+        )
+        self.blocks = nnx.List([self._stack(mixer, rngs) for mixer in config.mixers])
+        if "hgrn2" in config.mixers:
+            shape = (config.num_layers, config.hidden_size)
+            self.lower_bounds = nnx.Param(jnp.zeros(shape, jnp.float32), axes=(None, "heads"))
+        self.norm = RMSNorm(config.hidden_size, epsilon=config.norm_epsilon, dtype=dtype, rngs=rngs)
+        if not config.tie_embeddings:
+            self.head = linear(config.hidden_size, config.vocab_size, ("embed", "vocab"), dtype=dtype, rngs=rngs)
+
+    def _stack(self, mixer, rngs):
+        @nnx.vmap(in_axes=0, out_axes=0)
+        def create(rngs):
+            return Block(self.config, mixer, dtype=self.dtype, rngs=rngs)
+
+        return create(rngs.split(self.num_repeats))
+
+    def __call__(self, tokens, state=None, segment_ids=None):
+        """tokens [B, T] int -> (logits [B, T, vocab] float32, state after the last token)."""
+        hidden, state = self.hidden(tokens, state, segment_ids)
+        return self.logits(hidden), state
+
+    def hidden(self, tokens, state=None, segment_ids=None):
+        """tokens [B, T] int -> (what the head reads, [B, T, D], state after the last token).
+
+        `state` is what an earlier call returned, or `init_state` made; None is the empty state. `segment_ids` [B, T]
+        mark documents packed into one row (see `gsa_jax.layers.Mixer`).
+        """
+        definitions, parameters = zip(*(nnx.split(blocks) for blocks in self.blocks), strict=True)
+
+        def repeat(x, layer):
+            parameters, states, bounds = layer
+            new_states = []
+            for i, (definition, mixer) in enumerate(zip(definitions, self.config.mixers, strict=True)):
+                block = nnx.merge(definition, parameters[i])
+                mixer_inputs = {"lower_bound": bounds[i]} if mixer == "hgrn2" else {}
+                x, new_state = block(x, None if states is None else states[i], segment_ids, **mixer_inputs)
+                new_states.append(new_state)
+            return x, tuple(new_states)
+
+        x = self.embedding(tokens)
+        x, state = lax.scan(self._remat(repeat), x, (parameters, state, self._lower_bounds()))
+        return self.norm(x), state
+
+    def logits(self, hidden):
+        """hidden [..., D] -> logits [..., vocab] in float32."""
+        return dot(hidden, self.head_matrix().astype(self.dtype))
+
+    def head_matrix(self):
+        """The head, [D, vocab] in float32."""
+        return self.embedding.embedding[...].T if self.config.tie_embeddings else self.head.kernel[...]
+
+    def init_state(self, batch_size, max_length=None):
+        """An empty state for `batch_size` rows, for each position of the pattern stacked over its repeats.
+
+        `max_length` bounds what softmax attention remembers; without it its state grows with every call.
+        """
+        states = []
+        for blocks in self.blocks:
+            definition, parameters = nnx.split(blocks)
+            first = nnx.merge(definition, jax.tree.map(lambda x: x[0], parameters))
+            state = first.mixer.init_state(batch_size, max_length)
+            states.append(jax.tree.map(lambda x: jnp.broadcast_to(x, (self.num_repeats, *x.shape)), state))
+        return tuple(states)
+
+    def step(self, token, state):
+        """One token of each row: [B] int -> (logits [B, vocab] in float32, the new state)."""
+        logits, state = self(token[:, None], state)
+        return logits[:, 0], state
+
+    def _remat(self, function):
+        if self.config.remat == "none":
+            return function
+        policy = None
+        if self.config.remat == "dots":
+            policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        return jax.checkpoint(function, policy=policy, prevent_cse=False)
+
+    def _lower_bounds(self):
+        """HGRN2's lower bounds, [repeats, mixers of the pattern, D]; None without HGRN2."""
+        if "hgrn2" not in self.config.mixers:
+            return None
+        return lower_bounds(self.lower_bounds[...]).reshape(self.num_repeats, len(self.config.mixers), -1)
+
+
+def abstract_model(config, **options):
+    """The model's structure with shapes in place of arrays: nothing is allocated."""
+    return nnx.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0), **options))
+
+
+def count_parameters(config):
+    """(all parameters, those that are multiplied with every token: all but the embedding's look-up table)."""
+    model = abstract_model(config)
+    total = sum(math.prod(x.shape) for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
+    looked_up = 0 if config.tie_embeddings else math.prod(model.embedding.embedding.shape)
+    return total, total - looked_up

@@ -1,0 +1,195 @@
+"""What sets a training run: frozen dataclasses, their JSON form, and the recipe of every preset."""
+
+import dataclasses
+import json
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from gsa_jax.models import ModelConfig, count_parameters, preset
+from gsa_jax.training.data import DataConfig
+
+
+class ConfigError(ValueError):
+    """Settings that cannot be trained as asked: the message names the field, its value and what was expected."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW: linear warm-up, cosine decay, gradients clipped by their global norm."""
+
+    learning_rate: float = 3e-4
+    """peak learning rate, reached at the last step of the warm-up"""
+    warmup_steps: int = 0
+    """steps of linear warm-up"""
+    final_fraction: float = 0.1
+    """learning rate of the last step, as a fraction of the peak"""
+    weight_decay: float = 0.01
+    """decoupled weight decay of the matrices; norms, biases and other vectors have none"""
+    b1: float = 0.9
+    """decay of the first moment"""
+    b2: float = 0.95
+    """decay of the second moment"""
+    epsilon: float = 1e-8
+    """AdamW's epsilon"""
+    clip: float = 1.0
+    """largest global norm of a gradient; inf for no clipping"""
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis of the mesh; their product is the number of devices, or 1 to use one device."""
+
+    data: int = 1
+    """replicas of the parameters, each with its rows of the batch"""
+    fsdp: int = 1
+    """parts of the batch and also of the parameters"""
+    tensor: int = 1
+    """parts of the heads, of the MLP and of the vocabulary"""
+    context: int = 1
+    """parts of the sequence"""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A training run."""
+
+    model: ModelConfig
+    """the model"""
+    data: DataConfig = DataConfig()
+    """the text"""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """the optimizer"""
+    mesh: MeshConfig = MeshConfig()
+    """the devices"""
+    run_dir: str = "runs/language_model"
+    """folder of the run: config.json, checkpoints/, metrics.jsonl, tensorboard/, curve.png"""
+    steps: int = 1000
+    """optimizer steps of the whole run"""
+    batch_size: int = 16
+    """sequences of a step, over all hosts and devices"""
+    length: int = 256
+    """tokens of a sequence"""
+    accumulation: int = 1
+    """parts a batch is computed in, one after the other, to save memory; the gradient is that of the whole batch"""
+    seed: int = 0
+    """of the initial parameters and of the order of the documents"""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """dtype of the computation; auto: bfloat16 on GPU and TPU, float32 on CPU. Parameters are float32 in any case"""
+    log_every: int = 10
+    """steps between two lines of metrics"""
+    eval_every: int = 200
+    """steps between two evaluations on the validation split; one more comes at the end"""
+    eval_batches: int | None = None
+    """batches of an evaluation, of batch_size / accumulation sequences each; None for the whole validation split"""
+    checkpoint_every: int = 200
+    """steps between two checkpoints; one more is saved at the end and on SIGTERM or SIGINT"""
+    keep: int = 2
+    """checkpoints kept, the newest ones"""
+    tensorboard: bool = True
+    """write TensorBoard curves too"""
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "length", "accumulation", "log_every", "eval_every", "checkpoint_every"):
+            _check(getattr(self, name) >= 1, f"{name}={getattr(self, name)}", "at least 1")
+        _check(self.keep >= 1, f"keep={self.keep}", "at least 1")
+        _check(self.eval_batches is None or self.eval_batches >= 1, f"eval_batches={self.eval_batches}", "at least 1")
+        _check(self.seed >= 0, f"seed={self.seed}", "at least 0")
+        rows = self.accumulation * self.mesh.data * self.mesh.fsdp
+        _check(
+            self.batch_size % rows == 0,
+            f"batch_size={self.batch_size}",
+            f"a multiple of accumulation x mesh.data x mesh.fsdp = {rows}",
+        )
+        _check(
+            self.length % self.mesh.context == 0,
+            f"length={self.length}",
+            f"a multiple of mesh.context={self.mesh.context}",
+        )
+        warmup = self.optimizer.warmup_steps
+        _check(0 <= warmup < self.steps, f"optimizer.warmup_steps={warmup}", f"0 to steps - 1 = {self.steps - 1}")
+
+    def to_json(self) -> str:
+        """The settings as JSON, for `from_json`."""
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> "TrainConfig":
+        """The settings that `to_json` wrote; what is left out takes its default.
+
+        Raises:
+          ConfigError: not JSON, or a field this version does not know.
+        """
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"config: expected JSON, got {error}") from error
+        if not isinstance(values, dict) or "model" not in values:
+            raise ConfigError(f"config: expected an object with the field 'model', got {text[:80]!r}")
+        return _build(cls, values, "config")
+
+
+def differences(there: TrainConfig, here: TrainConfig) -> dict[str, str]:
+    """The fields in which two configs differ: "model.num_layers" -> "model.num_layers is 4 there and 6 here"."""
+    pairs = [dict(_flat(dataclasses.asdict(config))) for config in (there, here)]
+    return {
+        name: f"{name} is {pairs[0].get(name)!r} there and {pairs[1].get(name)!r} here"
+        for name in pairs[0] | pairs[1]
+        if pairs[0].get(name) != pairs[1].get(name)
+    }
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def _check(holds: bool, got: str, expected: str) -> None:
+    if not holds:
+        raise ConfigError(f"{got}: expected {expected}")
+
+
+def _build(kind: Any, value: Any, where: str) -> Any:
+    """A JSON value as the annotated type `kind`: dataclasses of dataclasses, plain values and tuples of them."""
+    if isinstance(value, dict):
+        if not dataclasses.is_dataclass(kind):
+            raise ConfigError(f"{where}: expected {kind}, got {value}")
+        hints = typing.get_type_hints(kind)
+        if unknown := sorted(value.keys() - hints.keys()):
+            raise ConfigError(f"{where}: unknown field {unknown[0]!r}, expected some of {', '.join(hints)}")
+        return kind(**{name: _build(hints[name], item, f"{where}.{name}") for name, item in value.items()})
+    return tuple(value) if isinstance(value, list) else value
+
+
+def recipe(name: str) -> TrainConfig:
+    """The model preset `name` and how to train it.
+
+    The tiny ones learn bytes in minutes on a CPU. The others follow the papers (arXiv 2409.07146, 2312.06635): sequences
+    of 2048, batches of 0.5M tokens below a billion parameters and 2M above, 0.5B and 1B tokens of warm-up to 3e-4,
+    cosine to 3e-5, weight decay 0.01, clip 1.0, 10B and 100B tokens in all.
+
+    Raises:
+      ValueError: an unknown preset; the message lists the known ones.
+    """
+    model = preset(name)
+    size, _ = count_parameters(model)
+    if size < 1e8:
+        optimizer = OptimizerConfig(learning_rate=3e-3, warmup_steps=50)
+        return TrainConfig(model, optimizer=optimizer, run_dir=f"runs/{name}", steps=600, eval_batches=32)
+    large = size > 1e9
+    return TrainConfig(
+        model,
+        optimizer=OptimizerConfig(warmup_steps=500 if large else 1000),
+        run_dir=f"runs/{name}",
+        steps=50_000 if large else 20_000,
+        batch_size=1024 if large else 256,
+        length=2048,
+        accumulation=128 if large else 16,
+        eval_every=1000,
+        eval_batches=64,
+        checkpoint_every=1000,
+    )

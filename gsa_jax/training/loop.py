@@ -1,0 +1,267 @@
+"""The training loop."""
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from gsa_jax.models import count_parameters
+from gsa_jax.training.checkpoint import Checkpoints
+from gsa_jax.training.config import ConfigError, TrainConfig, differences
+from gsa_jax.training.data import Batch, load_tokenizer, training_batches, validation_batches
+from gsa_jax.training.metrics import Console, MetricsLog, peak_flops, plot_curves, read_metrics
+from gsa_jax.training.optimizer import make_optimizer, make_schedule
+from gsa_jax.training.sharding import BATCH, make_mesh, put_batch
+from gsa_jax.training.step import (
+    TrainState,
+    abstract_model,
+    compute_dtype,
+    init_state,
+    make_eval_step,
+    make_train_step,
+)
+
+
+class NonFiniteError(FloatingPointError):
+    """The loss or the gradient became infinite or NaN; the message says at which step."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainSummary:
+    """How a run ended."""
+
+    run_dir: Path
+    """its folder"""
+    step: int
+    """steps done"""
+    metrics: dict[str, float]
+    """the last line of metrics.jsonl: step, loss, validation_bits_per_byte and so on"""
+    interrupted: str | None
+    """the signal that ended it before its last step, "SIGTERM" or "SIGINT"; its checkpoint is saved"""
+    skipped: list[str]
+    """messages of the bad documents that were left out"""
+
+
+def train(config: TrainConfig, *, resume: bool = False) -> TrainSummary:
+    """Trains a language model and leaves config, checkpoints, metrics and a plot in `config.run_dir`.
+
+    A resumed run goes on from its last good checkpoint and gives the numbers, to the bit, of one that was never
+    interrupted. On SIGTERM or SIGINT it finishes its step, saves, and returns: nothing is lost, so a script may exit
+    with 0. A second signal acts as it would without this function.
+
+    Args:
+      config: the run. To resume one, model, data, batch_size, length and seed must be what they were; the rest may
+        change.
+      resume: go on with the run in `config.run_dir`.
+
+    Raises:
+      ConfigError: the folder holds something and `resume` is not asked for, or holds no run and it is; settings that
+        don't fit each other, the devices or the run to be resumed.
+      DataError: a corpus or tokenizer that can't be used.
+      CheckpointError: the run's checkpoints can't be read or are of another model.
+      NonFiniteError: the loss or the gradient is not finite; the last good checkpoint is untouched.
+    """
+    run_dir = Path(config.run_dir)
+    mesh = make_mesh(config.mesh)
+    _check_model(config)
+    _check_run_dir(run_dir, config, resume)
+    rows = config.batch_size // jax.process_count()
+    common = {"length": config.length, "shard_index": jax.process_index(), "shard_count": jax.process_count()}
+    corpus, held_out = config.data.open("train"), config.data.open("validation")
+    batches = training_batches(config.data, batch_size=rows, seed=config.seed, corpus=corpus, **common)
+    rows //= config.accumulation
+    validation = functools.partial(validation_batches, config.data, batch_size=rows, corpus=held_out, **common)
+
+    _write_config(run_dir, config)
+    with Checkpoints(run_dir / "checkpoints", config) as checkpoints:
+        interrupted = _run(config, mesh, checkpoints, batches, validation)
+    metrics = read_metrics(run_dir)[-1]
+    if jax.process_index() == 0:
+        plot_curves(run_dir)
+    return TrainSummary(run_dir, metrics["step"], metrics, interrupted, corpus.skipped + held_out.skipped)
+
+
+def _run(
+    config: TrainConfig,
+    mesh: Mesh,
+    checkpoints: Checkpoints,
+    batches: Iterator[Batch],
+    validation: Callable[[], Iterable[Batch]],
+) -> str | None:
+    """Trains from the last checkpoint, or the beginning, to the last step or a signal, whose name it returns."""
+    graphdef, _ = abstract_model(config.model, compute_dtype(config.dtype))
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    create, like = init_state(config.model, optimizer, mesh, config.seed)
+    state = checkpoints.restore(like, batches) or create()
+    step = first = int(state.step)
+    eval_step = jax.jit(make_eval_step(graphdef))
+    with (
+        Console(config.steps, first) as console,
+        MetricsLog(Path(config.run_dir), after_step=first, tensorboard=config.tensorboard) as log,
+        _stop_signals() as signals,
+    ):
+        console.note(_description(config, mesh, first))
+        schedule = make_schedule(config.optimizer, config.steps)
+        train_step = make_train_step(graphdef, optimizer, schedule, config.accumulation)
+        train_step = _compile(train_step, like, (config.batch_size, config.length), mesh)
+        begin = time.perf_counter()
+        window, window_begin = [], begin
+        while step < config.steps:
+            state, metrics = train_step(state, put_batch(next(batches), mesh))
+            window.append(metrics)
+            step += 1
+            last, stop = step == config.steps, bool(signals)
+            evaluating = last or step % config.eval_every == 0
+            saving = last or stop or step % config.checkpoint_every == 0
+            if not (evaluating or saving or step % config.log_every == 0):
+                continue
+
+            values = _summarize(jax.device_get(window), step, checkpoints)
+            values |= _speed(config, mesh, values.pop("tokens") / (time.perf_counter() - window_begin))
+            if evaluating:
+                values |= evaluate(eval_step, state, itertools.islice(validation(), config.eval_batches), mesh)
+            log.write(step, values)
+            console.step(step, values, (time.perf_counter() - begin) / (step - first) * (config.steps - step))
+            if saving:
+                checkpoints.save(state, batches)
+            if stop:
+                break
+            window, window_begin = [], time.perf_counter()
+    return signals[0] if step < config.steps else None
+
+
+def evaluate(eval_step: Callable, state: TrainState, batches: Iterable[Batch], mesh: Mesh) -> dict[str, float]:
+    """The validation loss in nats per token and in bits per byte of text, over all `batches`."""
+    sums = [eval_step(state.params, put_batch(batch, mesh)) for batch in batches]
+    totals = {name: sum(float(batch[name]) for batch in sums) for name in ("nll", "tokens", "bytes")}
+    return {
+        "validation_loss": totals["nll"] / totals["tokens"],
+        "validation_bits_per_byte": totals["nll"] / math.log(2) / totals["bytes"],
+    }
+
+
+def _compile(train_step: Callable, like: TrainState, batch_shape: tuple[int, int], mesh: Mesh) -> Callable:
+    """The step for one device or many: the state stays where `like` has it, and its memory is used again."""
+    array = jax.ShapeDtypeStruct(batch_shape, jnp.int32, sharding=NamedSharding(mesh, BATCH))
+    batch = dict.fromkeys(("inputs", "targets", "segment_ids"), array)
+    placed = jax.tree.map(lambda x: x.sharding, like)
+    return jax.jit(train_step, donate_argnums=0, out_shardings=(placed, None)).lower(like, batch).compile()
+
+
+def _summarize(window: list[dict[str, np.ndarray]], step: int, checkpoints: Checkpoints) -> dict[str, float]:
+    """The metrics of the steps up to `step`: the mean loss, the last gradient norm and learning rate, all tokens."""
+    for i, metrics in enumerate(window, step - len(window) + 1):
+        if not (np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"])):
+            saved = (
+                f"the last checkpoint is that of step {checkpoints.steps[-1]}" if checkpoints.steps else "none saved"
+            )
+            raise NonFiniteError(
+                f"step {i}: the loss is {metrics['loss']} and the norm of its gradient {metrics['grad_norm']}; {saved}"
+            )
+    tokens = sum(int(metrics["tokens"]) for metrics in window)
+    return {
+        "loss": sum(float(metrics["loss"]) * int(metrics["tokens"]) for metrics in window) / tokens,
+        "grad_norm": float(window[-1]["grad_norm"]),
+        "learning_rate": float(window[-1]["learning_rate"]),
+        "tokens": tokens,
+    }
+
+
+def _speed(config: TrainConfig, mesh: Mesh, tokens_per_second: float) -> dict[str, float]:
+    """Tokens per second over all devices and, where their peak rate is known, the share of it that is used (MFU)."""
+    peak = peak_flops(mesh.devices.flat[0])
+    if peak is None:
+        return {"tokens_per_second": tokens_per_second}
+    mfu = tokens_per_second * config.model.flops_per_token(config.length) / (peak * mesh.size)
+    return {"tokens_per_second": tokens_per_second, "mfu": mfu}
+
+
+def _description(config: TrainConfig, mesh: Mesh, step: int) -> str:
+    dtype = compute_dtype(config.dtype)
+    return (
+        f"{config.run_dir}: {count_parameters(config.model)[0]:,} parameters, {config.batch_size} x {config.length} tokens "
+        f"a step, {dtype} on {mesh.size} x {mesh.devices.flat[0].device_kind}"
+        + (f", resumed at step {step}" if step else "")
+    )
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[list[str]]:
+    """Gathers the names of SIGTERM and SIGINT in a list, the first one; the second acts as if this were not here."""
+    signals: list[str] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield signals
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def restore():
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def handle(number, _):
+        signals.append(signal.Signals(number).name)
+        restore()
+
+    for number in before:
+        signal.signal(number, handle)
+    try:
+        yield signals
+    finally:
+        restore()
+
+
+# Checks
+
+
+def _check_model(config: TrainConfig) -> None:
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size={config.model.vocab_size}: expected at least {tokenizer.vocab_size}, the tokens of "
+            f"data.tokenizer={config.data.tokenizer!r}"
+        )
+    if config.batch_size // config.accumulation % jax.process_count():
+        raise ConfigError(
+            f"batch_size={config.batch_size}, accumulation={config.accumulation}: expected the rows of a part to be a "
+            f"multiple of the number of hosts, {jax.process_count()}"
+        )
+
+
+def _check_run_dir(run_dir: Path, config: TrainConfig, resume: bool) -> None:
+    """Refuses to overwrite anything, and to resume a run with settings that its checkpoints don't fit."""
+    stored = run_dir / "config.json"
+    if not resume:
+        if jax.process_index() == 0 and run_dir.exists() and any(run_dir.iterdir()):
+            raise ConfigError(
+                f"run_dir={config.run_dir!r}: not empty, and is not overwritten; resume it or name another"
+            )
+        return
+    if not stored.is_file():
+        raise ConfigError(f"run_dir={config.run_dir!r}: there is no run to resume, expected a config.json")
+    changed = differences(TrainConfig.from_json(stored.read_text()), config)
+    fixed = [text for name, text in changed.items() if name.split(".")[0] in _FIXED]
+    if fixed:
+        raise ConfigError(f"run_dir={config.run_dir!r}: can't be resumed with other settings: {'; '.join(fixed[:3])}")
+
+
+_FIXED = ("model", "data", "batch_size", "length", "seed")
+"""The settings that must stay when a run is resumed: what its parameters and its place in the data mean."""
+
+
+def _write_config(run_dir: Path, config: TrainConfig) -> None:
+    if jax.process_index() == 0:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        new = run_dir / "config.json.new"
+        new.write_text(config.to_json())
+        new.replace(run_dir / "config.json")

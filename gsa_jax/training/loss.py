@@ -1,0 +1,67 @@
+"""Cross-entropy of the next token, without ever holding the logits of all tokens."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+LOGITS_AT_ONCE = 2**27
+"""Logits computed at a time, unless a chunk size is given: 0.5 GiB of float32."""
+
+
+def next_token_loss(
+    logits: Callable[[jax.Array], jax.Array],
+    hidden: jax.Array,
+    targets: jax.Array,
+    mask: jax.Array,
+    *,
+    chunk_size: int | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Sums of -log softmax(logits(hidden))[target] over the tokens under `mask`, and their number.
+
+    The logits are computed for a chunk of every row at a time and again in the backward pass, so memory holds
+    [B, chunk_size, vocab] of them. What `logits` closes over gets its gradient summed over chunks in its own dtype,
+    float32 for parameters.
+
+    Args:
+      logits: the model's head, [B, t, D] -> [B, t, vocab] for any t.
+      hidden: [B, T, D], any floating dtype.
+      targets: [B, T] int, in [0, vocab).
+      mask: [B, T] bool, False where there is no loss.
+      chunk_size: tokens of a row at a time; by default as many as make `LOGITS_AT_ONCE` logits.
+
+    Returns:
+      The sum in nats, float32 scalar, and the count, int32 scalar.
+    """
+    batch, length, _ = hidden.shape
+    if chunk_size is None:
+        vocab = jax.eval_shape(logits, hidden).shape[-1]
+        chunk_size = max(1, LOGITS_AT_ONCE // (batch * vocab))
+    chunks = -(-length // chunk_size)
+    chunk_size = -(-length // chunks)
+
+    @jax.checkpoint
+    def add_chunk(total, chunk):
+        hidden, targets, mask = chunk
+        return total + jnp.sum(_cross_entropy(logits(hidden), targets), where=mask), None
+
+    xs = [_split(x, chunks, chunk_size) for x in (hidden, targets, mask)]
+    total, _ = jax.lax.scan(add_chunk, jnp.float32(0), xs)
+    return total, jnp.sum(mask, dtype=jnp.int32)
+
+
+def _cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """logsumexp(logits) - logits[target] in float32, [..., vocab] and [...] -> [...].
+
+    The target's logit is picked by a comparison and a sum, which stay local when the vocabulary is sharded.
+    """
+    logits = logits.astype(jnp.float32)
+    chosen = jnp.arange(logits.shape[-1]) == targets[..., None]
+    return jax.nn.logsumexp(logits, axis=-1) - jnp.sum(logits, axis=-1, where=chosen)
+
+
+def _split(x: jax.Array, chunks: int, chunk_size: int) -> jax.Array:
+    """[B, T, ...] -> [chunks, B, chunk_size, ...], padded with zeros (or False) at the end."""
+    batch, length, *rest = x.shape
+    x = jnp.pad(x, [(0, 0), (0, chunks * chunk_size - length)] + [(0, 0)] * len(rest))
+    return jnp.moveaxis(x.reshape(batch, chunks, chunk_size, *rest), 1, 0)

@@ -1,0 +1,158 @@
+"""What a run tells: lines on the console, metrics.jsonl, TensorBoard, and a plot of the curves."""
+
+import datetime
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import matplotlib.figure
+import rich.console
+import rich.progress
+import tensorboardX
+
+PEAK_FLOPS = {
+    "A100": 312e12,
+    "H100": 990e12,
+    "H200": 990e12,
+    "B200": 2250e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6": 918e12,
+}
+"""Peak bfloat16 rates in FLOP/s, by a part of the device's kind; the first match counts."""
+
+
+def peak_flops(device: jax.Device) -> float | None:
+    """The peak bfloat16 rate of a device in FLOP/s, None if it is not a known one."""
+    return next((rate for kind, rate in PEAK_FLOPS.items() if kind in device.device_kind), None)
+
+
+class MetricsLog:
+    """metrics.jsonl, one JSON object per logged step, and the same values as TensorBoard curves.
+
+    Lines are only ever appended, but for a resumed run: what the run it continues wrote after the checkpoint is cut off
+    first, so that no step stands there twice. Only the first host writes; a context manager.
+    """
+
+    def __init__(self, run_dir: Path, *, after_step: int, tensorboard: bool):
+        """Goes on after `after_step`, 0 for a new run."""
+        path = run_dir / "metrics.jsonl"
+        _cut(path, after_step)
+        self._file = path.open("a")
+        self._tensorboard = None
+        if tensorboard:
+            self._tensorboard = tensorboardX.SummaryWriter(str(run_dir / "tensorboard"), purge_step=after_step + 1)
+
+    def __enter__(self) -> "MetricsLog":
+        return self
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        """Writes the values of one step; nothing is left in buffers."""
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        if self._tensorboard:
+            for name, value in values.items():
+                self._tensorboard.add_scalar(name, value, step)
+            self._tensorboard.flush()
+
+    def __exit__(self, *_) -> None:
+        self._file.close()
+        if self._tensorboard:
+            self._tensorboard.close()
+
+
+def read_metrics(run_dir: Path | str) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl; a last line that a killed run left unfinished is not one."""
+    path = Path(run_dir) / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith(b"\n")]
+
+
+def _cut(path: Path, after_step: int) -> None:
+    """Cuts off the lines behind `after_step`."""
+    if not path.exists():
+        return
+    kept = 0
+    with path.open("rb") as file:
+        for line in file:
+            if not line.endswith(b"\n") or json.loads(line)["step"] > after_step:
+                break
+            kept += len(line)
+    os.truncate(path, kept)
+
+
+class Console:
+    """The progress of a run on standard output: a bar on a terminal, plain lines elsewhere; a context manager."""
+
+    def __init__(self, steps: int, done: int):
+        """For a run of `steps` steps of which `done` are done."""
+        self._steps = steps
+        self._console = rich.console.Console(highlight=False, soft_wrap=True)
+        self._progress = rich.progress.Progress(
+            rich.progress.BarColumn(20),
+            rich.progress.TextColumn("{task.description}", markup=False),
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
+        self._task = self._progress.add_task("compiling", total=steps, completed=done)
+
+    def __enter__(self) -> "Console":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._progress.stop()
+
+    def note(self, text: str) -> None:
+        """Prints a line that stays."""
+        self._console.print(text, markup=False)
+
+    def step(self, step: int, values: dict[str, float], seconds_left: float) -> None:
+        """Shows the state of the run: `values` as in `metrics.jsonl`."""
+        parts = [
+            f"step {step}/{self._steps}",
+            f"loss {values['loss']:.4f}",
+            f"{values['tokens_per_second']:,.0f} tok/s",
+        ]
+        if "mfu" in values:
+            parts.append(f"MFU {values['mfu']:.1%}")
+        parts.append(f"{datetime.timedelta(seconds=round(seconds_left))} left")
+        line = " · ".join(parts)
+        self._progress.update(self._task, completed=step, description=line)
+        if not self._console.is_terminal:
+            self.note(line)
+
+
+def plot_curves(run_dir: Path | str, *, references: dict[str, float] | None = None) -> Path:
+    """Draws the training loss and the validation bits per byte of a run into its curve.png, and returns that path.
+
+    Args:
+      run_dir: the folder of the run.
+      references: bits per byte of other models by name, drawn as dashed lines.
+    """
+    run_dir, metrics = Path(run_dir), read_metrics(run_dir)
+    panels = {"loss": "training loss\n(nats per token)", "validation_bits_per_byte": "validation\n(bits per byte)"}
+    figure = matplotlib.figure.Figure(figsize=(7, 5), layout="constrained")
+    for axes, (name, label), color in zip(
+        figure.subplots(2, sharex=True), panels.items(), ("tab:blue", "tab:orange"), strict=True
+    ):
+        points = [(line["step"], line[name]) for line in metrics if name in line]
+        if points:
+            marker = "o" if len(points) < 30 else None
+            axes.plot(*zip(*points, strict=True), color=color, marker=marker, markersize=3)
+            axes.annotate(f"{points[-1][1]:.3f}", points[-1], xytext=(4, 0), textcoords="offset points", va="center")
+        axes.set_ylabel(label)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.3)
+    for name, value in (references or {}).items():
+        axes.axhline(value, color="gray", linestyle="--", linewidth=1)
+        axes.annotate(f"{name} {value:.3f}", (0, value), xytext=(4, 3), textcoords="offset points", color="gray")
+    axes.set_xlabel("step")
+    figure.suptitle(run_dir.name)
+    path = run_dir / "curve.png"
+    figure.savefig(path, dpi=150)
+    return path

@@ -1,0 +1,115 @@
+"""The state of a training run, and the two compiled functions that run over it: a training and an evaluation step."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from gsa_jax.models import LanguageModel, ModelConfig
+from gsa_jax.training.loss import next_token_loss
+from gsa_jax.training.sharding import shardings
+
+Batch = dict[str, jax.Array]
+
+
+class TrainState(NamedTuple):
+    """What a step changes."""
+
+    step: jax.Array
+    """steps taken so far, int32 scalar"""
+    params: nnx.State
+    """parameters, float32"""
+    opt_state: Any
+    """the optimizer's state"""
+
+
+def compute_dtype(name: str) -> jnp.dtype:
+    """The dtype of the computation that a config asks for: "float32", "bfloat16" or "auto", which looks for a CPU."""
+    if name == "auto":
+        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return jnp.dtype(name)
+
+
+def abstract_model(config: ModelConfig, dtype: jnp.dtype) -> tuple[nnx.GraphDef, nnx.State]:
+    """The structure of a model and the shapes of its parameters; allocates nothing."""
+    return nnx.split(nnx.eval_shape(lambda: LanguageModel(config, dtype=dtype, rngs=nnx.Rngs(0))))
+
+
+def init_state(
+    config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int
+) -> tuple[Callable[[], TrainState], TrainState]:
+    """How a run begins: a function that makes the first state, sharded from the start, and the state's shapes.
+
+    The second is a TrainState of ShapeDtypeStructs with their shardings, which is also what a checkpoint needs.
+    """
+
+    def create() -> TrainState:
+        params = nnx.state(LanguageModel(config, rngs=nnx.Rngs(seed)))
+        return TrainState(jnp.int32(0), params, optimizer.init(params))
+
+    abstract = jax.eval_shape(create)
+    placed = shardings(abstract, mesh)
+    create = jax.jit(create, out_shardings=placed)
+    return create, jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, placed)
+
+
+def make_train_step(
+    graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation, schedule: optax.Schedule, accumulation: int = 1
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+    """The training step, to be jitted: (state, batch) -> (state, metrics).
+
+    The loss is the mean over the tokens of the batch, however many parts it is computed in. A step whose loss or
+    gradient is not finite returns the state as it was: its metrics tell.
+
+    Args:
+      graphdef: the model, as `abstract_model` gives it.
+      optimizer, schedule: as `gsa_jax.training.optimizer` makes them.
+      accumulation: parts of a batch; they are every accumulation-th row, so that no row changes its device.
+
+    The batch has inputs, targets, segment_ids [batch, length] int32, the metrics are scalars: loss (nats per token),
+    grad_norm (before clipping), learning_rate, tokens.
+    """
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        def add_part(sums, part):
+            (nll, tokens), grads = jax.value_and_grad(_loss, has_aux=True)(state.params, graphdef, part)
+            return jax.tree.map(jnp.add, sums, (grads, nll, tokens)), None
+
+        zeros = (jax.tree.map(jnp.zeros_like, state.params), jnp.float32(0), jnp.int32(0))
+        parts = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, accumulation, *x.shape[1:]), 1, 0), batch)
+        (grads, nll, tokens), _ = jax.lax.scan(add_part, zeros, parts, unroll=accumulation == 1)
+        grads = jax.tree.map(lambda g: g / tokens, grads)
+        loss, grad_norm = nll / tokens, optax.global_norm(grads)
+
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        updated = TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state)
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        updated = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, state)
+        learning_rate = schedule(state.step + 1)
+        return updated, {"loss": loss, "grad_norm": grad_norm, "learning_rate": learning_rate, "tokens": tokens}
+
+    return train_step
+
+
+def make_eval_step(graphdef: nnx.GraphDef) -> Callable[[nnx.State, Batch], dict[str, jax.Array]]:
+    """The evaluation step, to be jitted: (params, batch) -> sums over the batch of nll (nats), tokens and bytes.
+
+    The batch has target_bytes [batch, length] beside what the training step takes.
+    """
+
+    def eval_step(params: nnx.State, batch: Batch) -> dict[str, jax.Array]:
+        nll, tokens = _loss(params, graphdef, batch)
+        return {"nll": nll, "tokens": tokens, "bytes": jnp.sum(batch["target_bytes"])}
+
+    return eval_step
+
+
+def _loss(params: nnx.State, graphdef: nnx.GraphDef, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """The loss in nats summed over the tokens of a batch, and their number."""
+    model = nnx.merge(graphdef, params)
+    hidden, _ = model.hidden(batch["inputs"], segment_ids=batch["segment_ids"])
+    return next_token_loss(model.logits, hidden, batch["targets"], batch["segment_ids"] > 0)

@@ -1,0 +1,30 @@
+"""Where the tests run: on the CPU, whatever the machine has, unless `-m` asks for the gpu tests."""
+
+import os
+
+import hypothesis
+import pytest
+
+hypothesis.settings.register_profile("local", deadline=None, max_examples=25)
+hypothesis.settings.register_profile("ci", deadline=None, max_examples=25, derandomize=True, print_blob=True)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Sets the platform and the threads in the environment, before any test imports jax; xdist's workers inherit it."""
+    asked = config.option.markexpr
+    if "gpu" in asked and "not gpu" not in asked:
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # several workers share one GPU
+    else:
+        os.environ["JAX_PLATFORMS"] = "cpu"
+    if config.getoption("numprocesses", None):
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # the workers fill the cores already
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skips a gpu test where there is no GPU."""
+    if item.get_closest_marker("gpu"):
+        import jax
+
+        if jax.default_backend() != "gpu":
+            pytest.skip(f"needs a GPU, and jax runs on {jax.default_backend()}")

@@ -1,0 +1,126 @@
+"""The ops under jax's transformations."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gsa_jax.ops import chunked
+from tests.ops.cases import (
+    IMPLEMENTATIONS,
+    OPS,
+    QUICK_COMPILE,
+    TOLERANCE,
+    Sizes,
+    assert_all_close,
+    assert_close,
+    expected,
+    make_case,
+    outputs_and_gradients,
+)
+
+SIZES = Sizes(B=2, T=20, H=4, G=2, K=6, V=6, M=5)
+quick_jit = functools.partial(jax.jit, compiler_options=QUICK_COMPILE)
+
+
+def inner(x, y):
+    """The inner product of two trees of arrays."""
+    return sum(jax.tree.leaves(jax.tree.map(jnp.vdot, x, y)))
+
+
+def value(op, implementation, cotangents):
+    """A scalar function of an op's inputs."""
+    return lambda arrays: inner(op(arrays, implementation=implementation, chunk_size=8), cotangents)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("op", OPS)
+def test_vmap(op, implementation):
+    entries = [make_case(op, SIZES, seed=seed) for seed in range(3)]
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *entries)
+    run = functools.partial(outputs_and_gradients, op, implementation=implementation, chunk_size=8)
+    results = quick_jit(jax.vmap(run))(*stacked)
+    for i, (arrays, cotangents) in enumerate(entries):
+        entry = jax.tree.map(lambda x, i=i: x[i], results)
+        assert_all_close(entry, expected(op, arrays, cotangents), TOLERANCE[jnp.float32])
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_scan_over_rematerialized_layers(op):
+    arrays, cotangents = make_case(op, SIZES, gates="runs of -20 and -1000", state=False)
+    layers = 1 - jnp.arange(3) / 4
+
+    def loss(x, log_decay, implementation):
+        @jax.checkpoint
+        def layer(x, factor):
+            per_group = x[:, :, ::2]
+            inputs = {"q": x, "k": factor * per_group, "v": per_group, "log_decay": factor * log_decay}
+            return x + op(inputs, implementation=implementation, chunk_size=8)["out"], None
+
+        x, _ = jax.lax.scan(layer, x, layers)
+        return jnp.vdot(x, cotangents["out"])
+
+    gradients = [
+        quick_jit(jax.value_and_grad(functools.partial(loss, implementation=name), (0, 1)))(
+            arrays["q"], arrays["log_decay"]
+        )
+        for name in IMPLEMENTATIONS
+    ]
+    scan, chunks = ({"loss": loss, "x": x, "log_decay": g} for loss, (x, g) in gradients)
+    assert_close(chunks, scan, TOLERANCE[jnp.float32])
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_derivatives_of_derivatives(op):
+    """Forward over reverse and reverse over reverse, with the scan's as the reference."""
+    arrays, cotangents = make_case(op, SIZES._replace(B=1))
+    tangents, _ = make_case(op, SIZES._replace(B=1), seed=1)
+
+    @functools.partial(quick_jit, static_argnums=2)
+    def products(arrays, tangents, implementation):
+        gradient = jax.grad(value(op, implementation, cotangents))
+        forward = jax.jvp(gradient, (arrays,), (tangents,))[1]
+        return forward, jax.grad(lambda arrays: inner(gradient(arrays), tangents))(arrays)
+
+    reference, _ = products(arrays, tangents, "scan")
+    for product in products(arrays, tangents, "chunked"):
+        assert_close(product, reference, TOLERANCE[jnp.float32])
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_forward_mode_agrees_with_reverse_mode(op):
+    arrays, cotangents = make_case(op, SIZES, gates="all kinds")
+    tangents, _ = make_case(op, SIZES, seed=1)
+    function = value(op, "chunked", cotangents)
+    primal, tangent = quick_jit(lambda *x: jax.jvp(function, *x))((arrays,), (tangents,))
+    outputs, gradients = expected(op, arrays, cotangents)
+    assert primal == pytest.approx(sum(np.vdot(outputs[name], cotangents[name]) for name in outputs), rel=1e-4)
+    assert tangent == pytest.approx(sum(np.vdot(gradients[name], tangents[name]) for name in arrays), rel=1e-4)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_no_nan_at_any_primitive(op):
+    """Without jit, so that `jax_debug_nans` looks at every intermediate result, forward and backward."""
+    arrays, cotangents = make_case(op, SIZES._replace(B=1, T=11), gates="all kinds")
+    with jax.debug_nans(True), jax.disable_jit():
+        gradients = jax.grad(value(op, "chunked", cotangents))(arrays)
+    assert_close(gradients, expected(op, arrays, cotangents)[1], TOLERANCE[jnp.float32])
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_as_on_an_accelerator(op, monkeypatch):
+    """The whole sequence as one span, as `chunked.py` cuts it where the backend is not a CPU; compiled as by default."""
+    arrays, cotangents = make_case(op, Sizes(1, 300, 2, 1, 6, 5, 4), gates="runs of -20 and -1000")
+
+    @jax.jit
+    def run(arrays, cotangents):
+        outputs, pullback = jax.vjp(lambda arrays: op(arrays, implementation="chunked"), arrays)
+        return outputs, pullback(cotangents)[0]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(jax, "default_backend", lambda: "tpu")
+        assert chunked._tiling(300, None) == (128, 384)
+        lowered = run.lower(arrays, cotangents)
+    assert_all_close(lowered.compile()(arrays, cotangents), expected(op, arrays, cotangents), TOLERANCE[jnp.float32])

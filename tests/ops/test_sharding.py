@@ -1,0 +1,46 @@
+"""The ops under `jax.shard_map`, batch and heads over 8 devices; in a process of its own, that has 8 devices."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+PROGRAM = """
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from tests.ops.cases import IMPLEMENTATIONS, OPS, Sizes, assert_all_close, expected, make_case, outputs_and_gradients
+
+assert jax.device_count() == 8
+mesh = jax.make_mesh((4, 2), ("data", "heads"))
+tokens, state = P("data", None, "heads", None), P("data", "heads", None, None)
+
+for op in OPS:
+    for initial in (True, False):
+        arrays, cotangents = make_case(op, Sizes(4, 20, 4, 2, 6, 5, 7), gates="all kinds", state=initial)
+        segment_ids = jnp.arange(20)[None] // jnp.asarray([[3], [7], [8], [20]])
+        specs = [{name: tokens if x.shape[1] == 20 else state for name, x in tree.items()} for tree in (arrays, cotangents)]
+        for implementation in IMPLEMENTATIONS:
+            run = functools.partial(outputs_and_gradients, op, implementation=implementation, chunk_size=8)
+            sharded = jax.shard_map(run, mesh=mesh, in_specs=(*specs, P("data")), out_specs=(specs[1], specs[0]))
+            results = jax.jit(sharded)(arrays, cotangents, segment_ids)
+            assert results[0]["out"].sharding.spec == tokens
+            assert_all_close(results, expected(op, arrays, cotangents, segment_ids), 2e-5, implementation)
+print("all sharded")
+"""
+
+
+def test_shard_map_over_batch_and_heads():
+    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    result = subprocess.run(
+        [sys.executable, "-c", PROGRAM],
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.stdout == "all sharded\n", result.stderr

@@ -1,0 +1,87 @@
+import dataclasses
+import json
+
+import pytest
+
+from gsa_jax.models import preset
+from gsa_jax.training import ConfigError, MeshConfig, OptimizerConfig, TrainConfig, recipe
+from gsa_jax.training.config import differences
+
+
+@pytest.mark.parametrize("name", ["tiny", "gsa-340m", "hgrn2-1.3b"])
+def test_json_gives_back_the_recipe_of_every_preset(name):
+    config = recipe(name)
+    assert TrainConfig.from_json(config.to_json()) == config
+
+
+def test_json_of_settings_that_are_not_defaults():
+    model = dataclasses.replace(preset("tiny"), mixers=("gsa", "softmax"), num_layers=4)
+    config = TrainConfig(model, mesh=MeshConfig(data=2), eval_batches=3, optimizer=OptimizerConfig(clip=float("inf")))
+    assert TrainConfig.from_json(config.to_json()) == config
+
+
+def test_json_that_leaves_something_out_takes_the_default():
+    values = json.loads(recipe("tiny").to_json())
+    del values["keep"], values["model"]["gsa"]["damping"]
+    assert TrainConfig.from_json(json.dumps(values)) == recipe("tiny")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"model": {}, "stpes": 3}', "config: unknown field 'stpes', expected some of model, data"),
+        ('{"model": {"gsa": {"slots": 3}}}', "config.model.gsa: unknown field 'slots', expected some of num_heads"),
+        ('{"steps": 3}', "config: expected an object with the field 'model'"),
+        ("[1]", "config: expected an object with the field 'model'"),
+        ("{", "config: expected JSON, got"),
+        ('{"model": {"num_layers": {"a": 1}}}', "config.model.num_layers: expected"),
+    ],
+)
+def test_json_of_something_else_is_refused(text, message):
+    with pytest.raises(ConfigError, match=message.replace(".", r"\.")):
+        TrainConfig.from_json(text)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": 0}, "steps=0: expected at least 1"),
+        ({"batch_size": 10, "accumulation": 4}, "batch_size=10: expected a multiple of accumulation x mesh.data"),
+        ({"batch_size": 6, "mesh": MeshConfig(data=2, fsdp=2)}, "batch_size=6: expected a multiple of .* = 4"),
+        ({"length": 9, "mesh": MeshConfig(context=2)}, "length=9: expected a multiple of mesh.context=2"),
+        ({"optimizer": OptimizerConfig(warmup_steps=1000)}, "warmup_steps=1000: expected 0 to steps - 1 = 999"),
+        ({"eval_batches": 0}, "eval_batches=0"),
+        ({"keep": 0}, "keep=0"),
+        ({"seed": -1}, "seed=-1"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        TrainConfig(preset("tiny"), **changes)
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens", "warmup"),
+    [("gsa-340m", 2**19, 2**29), ("gla-340m", 2**19, 2**29), ("gsa-1.3b", 2**21, 2**30), ("softmax-2.7b", 2**21, 2**30)],
+)
+def test_recipes_are_the_papers(name, tokens, warmup):
+    config = recipe(name)
+    assert config.length == 2048 and config.batch_size * config.length == tokens
+    assert config.optimizer.warmup_steps * tokens == pytest.approx(warmup, rel=0.05)
+    assert (config.optimizer.learning_rate, config.optimizer.final_fraction) == (3e-4, 0.1)
+    assert (config.optimizer.weight_decay, config.optimizer.clip) == (0.01, 1.0)
+
+
+def test_an_unknown_preset_lists_the_known_ones():
+    with pytest.raises(ValueError, match=r"gsa-340m.*got 'gsa-7b'"):
+        recipe("gsa-7b")
+
+
+def test_differences_name_the_fields():
+    there = recipe("tiny")
+    here = dataclasses.replace(there, seed=1, model=dataclasses.replace(there.model, num_layers=8))
+    assert differences(there, there) == {}
+    assert differences(there, here) == {
+        "model.num_layers": "model.num_layers is 4 there and 8 here",
+        "seed": "seed is 0 there and 1 here",
+    }

@@ -1,0 +1,81 @@
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+from jax.sharding import AbstractMesh
+from jax.sharding import PartitionSpec as P
+
+from gsa_jax.training import ConfigError, MeshConfig, OptimizerConfig, make_mesh, make_optimizer, shardings
+
+# Three steps from the same parameters on the same batches, on one device and on a mesh of eight.
+EIGHT_DEVICES = """
+import dataclasses, json
+import jax, jax.numpy as jnp, numpy as np
+from gsa_jax.training import *
+from gsa_jax.training.step import abstract_model
+from tests.training.tiny import MODEL
+
+def run(model, mesh, accumulation):
+    mesh, config = make_mesh(mesh), OptimizerConfig(learning_rate=1e-2)
+    optimizer = make_optimizer(config, 10)
+    create, like = init_state(model, optimizer, mesh, seed=0)
+    graphdef, _ = abstract_model(model, jnp.float32)
+    step = jax.jit(make_train_step(graphdef, optimizer, make_schedule(config, 10), accumulation))
+    state, losses = create(), []
+    assert jax.tree.all(jax.tree.map(lambda x, y: x.sharding == y.sharding, state, like))
+    for tokens in np.random.default_rng(0).integers(0, model.vocab_size, (3, 8, 33), dtype=np.int32):
+        batch = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "segment_ids": np.ones((8, 32), np.int32)}
+        state, metrics = step(state, put_batch(batch, mesh))
+        losses.append(float(metrics["loss"]))
+    kernel = state.params["blocks"][0]["mlp"]
+    return losses, [str(x.sharding.spec) for x in jax.tree.leaves(kernel)]
+
+results = {}
+for mixer, mesh in (("gsa", MeshConfig(2, 2, 2, 1)), ("softmax", MeshConfig(1, 2, 2, 2))):
+    model = dataclasses.replace(MODEL, mixers=(mixer,), implementation="scan")
+    results[mixer] = run(model, MeshConfig(), 1)[0], *run(model, mesh, 2)
+print(json.dumps(results))
+"""
+
+
+def test_eight_devices_give_the_losses_of_one():
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", EIGHT_DEVICES], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for losses, sharded_losses, specs in json.loads(done.stdout.splitlines()[-1]).values():
+        assert losses[2] < losses[0]
+        assert sharded_losses == pytest.approx(losses, rel=1e-5)
+        assert {"PartitionSpec(None, 'fsdp', 'tensor')", "PartitionSpec(None, 'tensor', 'fsdp')"} == set(specs)
+
+
+@pytest.mark.parametrize("sizes", [{"data": 3}, {"tensor": 2, "fsdp": 2}, {"data": 0}])
+def test_a_mesh_that_does_not_fit_the_devices_is_refused(sizes):
+    with pytest.raises(ConfigError, match=rf"mesh: data=.*{next(iter(sizes.items()))[1]}.* expected {len(jax.devices())}"):
+        make_mesh(MeshConfig(**sizes))
+
+
+def test_sizes_of_one_take_one_device():
+    assert make_mesh(MeshConfig()).shape == {"data": 1, "fsdp": 1, "tensor": 1, "context": 1}
+
+
+def test_parameters_and_moments_are_split_by_their_axes():
+    mesh = AbstractMesh((2, 2, 4, 1), ("data", "fsdp", "tensor", "context"))
+    params = nnx.State(
+        {
+            "stacked": nnx.Param(jnp.zeros((3, 8, 12)), axes=("embed", "mlp")),
+            "head": nnx.Param(jnp.zeros((8, 257)), axes=("embed", "vocab")),  # 257 rows can't be split in four
+            "norm": nnx.Param(jnp.zeros((3, 8)), axes=(None,)),
+        }
+    )
+    expected = {"stacked": P(None, "fsdp", "tensor"), "head": P("fsdp", None), "norm": P(None, None)}
+    opt_state = make_optimizer(OptimizerConfig(), steps=10).init(params)
+    split, opt_split = shardings((params, opt_state), mesh)
+    moments = opt_split[1][0]
+    for tree in (split, moments.mu, moments.nu):
+        assert {name: sharding.spec for name, sharding in nnx.to_pure_dict(tree).items()} == expected
+    assert moments.count.spec == P()
