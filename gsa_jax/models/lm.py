@@ -23,14 +23,16 @@ class Block(nnx.Module):
         self.mixer = MIXERS[mixer](
             config.hidden_size, getattr(config, mixer), implementation=config.implementation, dtype=dtype, rngs=rngs
         )
-        self.mlp_norm = norm()
-        self.mlp = SwiGLU(config.hidden_size, config.resolved_mlp_size, dtype=dtype, rngs=rngs)
+        self.has_mlp = config.resolved_mlp_size > 0
+        if self.has_mlp:
+            self.mlp_norm = norm()
+            self.mlp = SwiGLU(config.hidden_size, config.resolved_mlp_size, dtype=dtype, rngs=rngs)
 
     def __call__(self, x, state, segment_ids, **mixer_inputs):
         """x [B, T, D] -> (x [B, T, D], the mixer's new state)."""
         y, state = self.mixer(self.mixer_norm(x), state, segment_ids, **mixer_inputs)
         x = x + y
-        return x + self.mlp(self.mlp_norm(x)), state
+        return (x + self.mlp(self.mlp_norm(x)) if self.has_mlp else x), state
 
 
 class LanguageModel(nnx.Module):
@@ -116,6 +118,16 @@ class LanguageModel(nnx.Module):
             state = first.mixer.init_state(batch_size, max_length)
             states.append(jax.tree.map(lambda x: jnp.broadcast_to(x, (self.num_repeats, *x.shape)), state))
         return tuple(states)
+
+    def reset_state(self, state, empty, rows):
+        """`state`, with `empty` (what `init_state` made) in the `rows` [B] (bool) where a new document begins."""
+
+        def reset(empty, carried):
+            if carried.ndim < 2:  # a count of tokens, common to all rows
+                return carried
+            return jnp.where(rows.reshape(-1, *[1] * (carried.ndim - 2)), empty, carried)
+
+        return jax.tree.map(reset, empty, state)
 
     def step(self, token, state):
         """One token of each row: [B] int -> (logits [B, vocab] in float32, the new state)."""

@@ -81,8 +81,12 @@ def select(implementation, implementations):
 
 
 def zero_state(shape, dtype, like):
-    """A state of zeros, sharded inside `jax.shard_map` as the array `like` is."""
-    zeros = jnp.zeros(shape, dtype)
+    """A state of zeros, sharded inside `jax.shard_map` as the array `like` is.
+
+    The barrier hides from XLA that they are constant: jaxlib 0.12.0 on CPUs returns memory that nothing wrote for some
+    products with a broadcast constant (its `__ynn_fusion`).
+    """
+    zeros = jax.lax.optimization_barrier(jnp.zeros(shape, dtype))
     axes = tuple(getattr(jax.typeof(like), "vma", ()))
     return jax.lax.pcast(zeros, axes, to="varying") if axes else zeros
 

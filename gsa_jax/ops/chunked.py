@@ -83,15 +83,18 @@ def chunk_decays(log_decay):
 def write_chunks(states, decays, write, written):
     """The states [B, G, M, D] that enter each chunk, [B, G, N, 1, M, D], and those after the last chunk.
 
-    `states` and `written` are tuples: everything written with the same key and gates goes through one scan.
+    `states` and `written` are tuples: everything written with the same key and gates goes through one scan. The states
+    are carried in float32 and handed to the chunks as factors of matrix products, in the dtype of `written`.
     """
-    key = (write * decays.until_end).mT
+    dtype = written[0].dtype
+    key = (write * decays.until_end).astype(dtype).mT
     added = [dot(key, x)[:, :, :, 0] for x in written]
     kept = decays.since_start[:, :, :, 0, -1, :, None]
 
     def next_chunk(states, chunk):
         kept, added = chunk
-        return [kept * state + new for state, new in zip(states, added, strict=True)], states
+        entering = [state.astype(dtype) for state in states]
+        return [kept * state + new for state, new in zip(states, added, strict=True)], entering
 
     by_chunk = jax.tree.map(lambda x: jnp.moveaxis(x, 2, 0), (kept, added))
     last, entering = lax.scan(next_chunk, list(states), by_chunk)
@@ -100,13 +103,13 @@ def write_chunks(states, decays, write, written):
 
 def read_rows(q, k, write, decays, state):
     """Every token's H q, [B, G, N, R, C, M], from the state entering the chunk and the tokens written in it."""
-    before = decays.since_start * dot(q, state.mT.astype(q.dtype))
+    before = decays.since_start * dot(q, state.mT)
     return before + decayed_sums(dot(q, k.mT), write, decays, q.dtype)
 
 
 def read_columns(p, write, v, decays, state):
     """Every token's Hᵀ p, [B, G, N, R, C, V], from the state entering the chunk and the tokens written in it."""
-    before = dot((p * decays.since_start).astype(v.dtype), state.astype(v.dtype))
+    before = dot((p * decays.since_start).astype(v.dtype), state)
     return before + dot(decayed_scores(p, write, decays, v.dtype).astype(v.dtype), v)
 
 

@@ -10,10 +10,10 @@ import jax
 from flax import nnx
 from orbax.checkpoint import v1 as ocp
 
-from gsa_jax.models import LanguageModel
-from gsa_jax.training.config import TrainConfig
+from gsa_jax.models import LanguageModel, abstract_model
+from gsa_jax.training.config import TrainConfig, differences
 from gsa_jax.training.sharding import is_variable
-from gsa_jax.training.step import TrainState, abstract_model, compute_dtype
+from gsa_jax.training.step import TrainState, compute_dtype
 
 
 class CheckpointError(ValueError):
@@ -28,13 +28,16 @@ class Checkpoints:
     state of the data iterator of every host; and the config, as metadata.
     """
 
-    def __init__(self, directory: Path | str, config: TrainConfig):
-        """Opens (or creates) the folder of a run with these settings, of which `keep` says how many stay."""
-        self._config = config
+    def __init__(self, directory: Path | str, config: TrainConfig, *, cleanup: bool = False):
+        """Opens, or creates, the folder of a run with these settings, of which `keep` says how many stay.
+
+        `cleanup` removes what interrupted saves have left; it is for the one process that saves.
+        """
+        self._config = json.loads(config.to_json())
         self._checkpointer = ocp.training.Checkpointer(
             Path(directory).absolute(),
             preservation_policy=ocp.training.preservation_policies.LatestN(config.keep),
-            cleanup_tmp_directories=True,
+            cleanup_tmp_directories=cleanup,
         )
 
     def __enter__(self) -> "Checkpoints":
@@ -60,7 +63,7 @@ class Checkpoints:
             int(state.step),
             {**_parts(state), "data": data},
             force=True,
-            custom_metadata={"config": json.loads(self._config.to_json())},
+            custom_metadata={"config": self._config},
         )
 
     def restore(self, like: TrainState, data: Any) -> TrainState | None:
@@ -78,9 +81,9 @@ class Checkpoints:
         if not self.steps:
             return None
         _, loaded, unreadable = self._load_newest({**_parts(like), "data": data})
-        for bad in unreadable:
-            path = Path(self._checkpointer.directory) / str(bad)
-            path.rename(path.with_name(f"{bad}.unreadable"))
+        for step in unreadable:
+            path = Path(self._checkpointer.directory) / str(step)
+            path.rename(path.with_name(f"{step}.unreadable"))
         self._checkpointer.reload()
         leaves = jax.tree.leaves((loaded["training"]["step"], loaded["params"], loaded["training"]["opt_state"]))
         return jax.tree.unflatten(jax.tree.structure(like), leaves)
@@ -97,30 +100,32 @@ class Checkpoints:
         unreadable = []
         for step in reversed(self.steps):
             try:
-                self._check_same_arrays(step, parts)
                 return step, self._checkpointer.load_checkpointables(step, parts), unreadable
-            except CheckpointError:
-                raise
-            except Exception as error:  # whatever a damaged file leads to
+            except Exception as error:  # whatever a damaged file, or another model, leads to
+                self._check_same_arrays(step, parts)
                 unreadable.append(step)
                 reason = f"{self._checkpointer.directory}/{step} cannot be read: {_root_cause(error)}"
                 warnings.warn(reason, stacklevel=4)
         raise CheckpointError(f"none of the {len(unreadable)} checkpoints can be read; the oldest: {reason}")
 
     def _check_same_arrays(self, step: int, parts: dict[str, Any]) -> None:
-        """Raises CheckpointError if the arrays of a checkpoint have other names or shapes than `parts`."""
-        stored = self._checkpointer.checkpointables_metadata(step).metadata
-        arrays = [name for name in ("params", "training") if name in parts]
-        there = dict(_shapes({name: stored[name] for name in arrays}))
+        """Raises CheckpointError if the checkpoint says that its arrays have other names or shapes than `parts`."""
+        stored = self._checkpointer.checkpointables_metadata(step)
+        arrays = [name for name in ("params", "training") if name in parts and stored.metadata.get(name)]
+        there = dict(_shapes({name: stored.metadata[name] for name in arrays}))
         here = dict(_shapes({name: parts[name] for name in arrays}))
-        differing = [name for name in {**here, **there} if here.get(name) != there.get(name)]
-        if differing:
-            listed = "; ".join(
-                f"{name} is {there.get(name, 'missing')} there and {here.get(name, 'missing')} here"
-                for name in differing[:3]
-            )
-            more = f", and {len(differing) - 3} more" if len(differing) > 3 else ""
-            raise CheckpointError(f"{self._checkpointer.directory}/{step} is of another model: {listed}{more}")
+        differing = [name for name in here | there if here.get(name) != there.get(name)]
+        if not differing:
+            return
+        fields = differences((stored.custom_metadata or {}).get("config", self._config), self._config)
+        texts = [text for name, text in fields.items() if name.startswith("model.")]
+        texts += [
+            f"{name} is {there.get(name, 'missing')} there and {here.get(name, 'missing')} here" for name in differing
+        ]
+        more = f", and {len(texts) - 3} more" if len(texts) > 3 else ""
+        raise CheckpointError(
+            f"{self._checkpointer.directory}/{step} is of another model: {'; '.join(texts[:3])}{more}"
+        )
 
 
 def load_model(run_dir: Path | str) -> tuple[LanguageModel, TrainConfig, int]:
@@ -135,7 +140,7 @@ def load_model(run_dir: Path | str) -> tuple[LanguageModel, TrainConfig, int]:
     if not file.is_file():
         raise CheckpointError(f"{run_dir}: expected the folder of a run, there is no config.json")
     config = TrainConfig.from_json(file.read_text())
-    graphdef, params = abstract_model(config.model, compute_dtype(config.dtype))
+    graphdef, params = nnx.split(abstract_model(config.model, dtype=compute_dtype(config.dtype)))
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), params)
     with Checkpoints(Path(run_dir) / "checkpoints", config) as checkpoints:

@@ -22,7 +22,7 @@ class OptimizerConfig:
     learning_rate: float = 3e-4
     """peak learning rate, reached at the last step of the warm-up"""
     warmup_steps: int = 0
-    """steps of linear warm-up"""
+    """steps of linear warm-up; a shorter run ends within it"""
     final_fraction: float = 0.1
     """learning rate of the last step, as a fraction of the peak"""
     weight_decay: float = 0.01
@@ -108,7 +108,7 @@ class TrainConfig:
             f"a multiple of mesh.context={self.mesh.context}",
         )
         warmup = self.optimizer.warmup_steps
-        _check(0 <= warmup < self.steps, f"optimizer.warmup_steps={warmup}", f"0 to steps - 1 = {self.steps - 1}")
+        _check(warmup >= 0, f"optimizer.warmup_steps={warmup}", "at least 0")
 
     def to_json(self) -> str:
         """The settings as JSON, for `from_json`."""
@@ -130,13 +130,13 @@ class TrainConfig:
         return _build(cls, values, "config")
 
 
-def differences(there: TrainConfig, here: TrainConfig) -> dict[str, str]:
-    """The fields in which two configs differ: "model.num_layers" -> "model.num_layers is 4 there and 6 here"."""
-    pairs = [dict(_flat(dataclasses.asdict(config))) for config in (there, here)]
+def differences(there: dict[str, Any], here: dict[str, Any]) -> dict[str, str]:
+    """Where the JSON of two configs differs: "model.num_layers" -> "model.num_layers is 4 there and 6 here"."""
+    old, new = dict(_flat(there)), dict(_flat(here))
     return {
-        name: f"{name} is {pairs[0].get(name)!r} there and {pairs[1].get(name)!r} here"
-        for name in pairs[0] | pairs[1]
-        if pairs[0].get(name) != pairs[1].get(name)
+        name: f"{name} is {old.get(name)!r} there and {new.get(name)!r} here"
+        for name in old | new
+        if old.get(name) != new.get(name)
     }
 
 
@@ -168,8 +168,8 @@ def _build(kind: Any, value: Any, where: str) -> Any:
 def recipe(name: str) -> TrainConfig:
     """The model preset `name` and how to train it.
 
-    The tiny ones learn bytes in minutes on a CPU. The others follow the papers (arXiv 2409.07146, 2312.06635): sequences
-    of 2048, batches of 0.5M tokens below a billion parameters and 2M above, 0.5B and 1B tokens of warm-up to 3e-4,
+    The tiny ones learn bytes in minutes on a CPU. The others follow the papers (arXiv 2409.07146, 2312.06635): rows of
+    2048 tokens, batches of 0.5M tokens below a billion parameters and 2M above, 0.5B and 1B tokens of warm-up to 3e-4,
     cosine to 3e-5, weight decay 0.01, clip 1.0, 10B and 100B tokens in all.
 
     Raises:

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import json
 import math
 import signal
 import threading
@@ -14,9 +15,10 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from gsa_jax.models import count_parameters
+from gsa_jax.models import abstract_model, count_parameters
 from gsa_jax.training.checkpoint import Checkpoints
 from gsa_jax.training.config import ConfigError, TrainConfig, differences
 from gsa_jax.training.data import Batch, load_tokenizer, training_batches, validation_batches
@@ -25,7 +27,6 @@ from gsa_jax.training.optimizer import make_optimizer, make_schedule
 from gsa_jax.training.sharding import BATCH, make_mesh, put_batch
 from gsa_jax.training.step import (
     TrainState,
-    abstract_model,
     compute_dtype,
     init_state,
     make_eval_step,
@@ -57,8 +58,9 @@ def train(config: TrainConfig, *, resume: bool = False) -> TrainSummary:
     """Trains a language model and leaves config, checkpoints, metrics and a plot in `config.run_dir`.
 
     A resumed run goes on from its last good checkpoint and gives the numbers, to the bit, of one that was never
-    interrupted. On SIGTERM or SIGINT it finishes its step, saves, and returns: nothing is lost, so a script may exit
-    with 0. A second signal acts as it would without this function.
+    interrupted; on GPUs, where XLA picks kernels by timing them, only under XLA_FLAGS=--xla_gpu_deterministic_ops=true.
+    On SIGTERM or SIGINT the run finishes its step, saves, and returns: nothing is lost, so a script may exit with 0. A
+    second signal acts as it would without this function.
 
     Args:
       config: the run. To resume one, model, data, batch_size, length and seed must be what they were; the rest may
@@ -74,7 +76,7 @@ def train(config: TrainConfig, *, resume: bool = False) -> TrainSummary:
     """
     run_dir = Path(config.run_dir)
     mesh = make_mesh(config.mesh)
-    _check_model(config)
+    _check_sizes(config)
     _check_run_dir(run_dir, config, resume)
     rows = config.batch_size // jax.process_count()
     common = {"length": config.length, "shard_index": jax.process_index(), "shard_count": jax.process_count()}
@@ -84,12 +86,12 @@ def train(config: TrainConfig, *, resume: bool = False) -> TrainSummary:
     validation = functools.partial(validation_batches, config.data, batch_size=rows, corpus=held_out, **common)
 
     _write_config(run_dir, config)
-    with Checkpoints(run_dir / "checkpoints", config) as checkpoints:
-        interrupted = _run(config, mesh, checkpoints, batches, validation)
-    metrics = read_metrics(run_dir)[-1]
+    with Checkpoints(run_dir / "checkpoints", config, cleanup=True) as checkpoints:
+        step, interrupted = _run(config, mesh, checkpoints, batches, validation)
     if jax.process_index() == 0:
         plot_curves(run_dir)
-    return TrainSummary(run_dir, metrics["step"], metrics, interrupted, corpus.skipped + held_out.skipped)
+    metrics = next(reversed(read_metrics(run_dir)), {})
+    return TrainSummary(run_dir, step, metrics, interrupted, corpus.skipped + held_out.skipped)
 
 
 def _run(
@@ -97,10 +99,10 @@ def _run(
     mesh: Mesh,
     checkpoints: Checkpoints,
     batches: Iterator[Batch],
-    validation: Callable[[], Iterable[Batch]],
-) -> str | None:
-    """Trains from the last checkpoint, or the beginning, to the last step or a signal, whose name it returns."""
-    graphdef, _ = abstract_model(config.model, compute_dtype(config.dtype))
+    validation: Callable[[], Iterator[Batch]],
+) -> tuple[int, str | None]:
+    """Trains from the last checkpoint, or the beginning, to the last step or a signal; returns the step and signal."""
+    graphdef, _ = nnx.split(abstract_model(config.model, dtype=compute_dtype(config.dtype)))
     optimizer = make_optimizer(config.optimizer, config.steps)
     create, like = init_state(config.model, optimizer, mesh, config.seed)
     state = checkpoints.restore(like, batches) or create()
@@ -127,8 +129,9 @@ def _run(
             if not (evaluating or saving or step % config.log_every == 0):
                 continue
 
-            values = _summarize(jax.device_get(window), step, checkpoints)
-            values |= _speed(config, mesh, values.pop("tokens") / (time.perf_counter() - window_begin))
+            window = jax.device_get(window)
+            _check_finite(window, step, checkpoints)
+            values = _summarize(window) | _speed(config, mesh, window, time.perf_counter() - window_begin)
             if evaluating:
                 values |= evaluate(eval_step, state, itertools.islice(validation(), config.eval_batches), mesh)
             log.write(step, values)
@@ -138,7 +141,7 @@ def _run(
             if stop:
                 break
             window, window_begin = [], time.perf_counter()
-    return signals[0] if step < config.steps else None
+    return step, signals[0] if step < config.steps else None
 
 
 def evaluate(eval_step: Callable, state: TrainState, batches: Iterable[Batch], mesh: Mesh) -> dict[str, float]:
@@ -159,40 +162,50 @@ def _compile(train_step: Callable, like: TrainState, batch_shape: tuple[int, int
     return jax.jit(train_step, donate_argnums=0, out_shardings=(placed, None)).lower(like, batch).compile()
 
 
-def _summarize(window: list[dict[str, np.ndarray]], step: int, checkpoints: Checkpoints) -> dict[str, float]:
-    """The metrics of the steps up to `step`: the mean loss, the last gradient norm and learning rate, all tokens."""
+def _check_finite(window: list[dict[str, np.ndarray]], step: int, checkpoints: Checkpoints) -> None:
+    """Raises NonFiniteError for the first bad one of the steps up to `step`, whose metrics are `window`."""
     for i, metrics in enumerate(window, step - len(window) + 1):
-        if not (np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"])):
-            saved = (
-                f"the last checkpoint is that of step {checkpoints.steps[-1]}" if checkpoints.steps else "none saved"
-            )
-            raise NonFiniteError(
-                f"step {i}: the loss is {metrics['loss']} and the norm of its gradient {metrics['grad_norm']}; {saved}"
-            )
-    tokens = sum(int(metrics["tokens"]) for metrics in window)
+        if np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"]):
+            continue
+        saved = f"the last checkpoint is that of step {checkpoints.steps[-1]}" if checkpoints.steps else "none is saved"
+        raise NonFiniteError(
+            f"step {i}: the loss is {metrics['loss']} and the norm of its gradient {metrics['grad_norm']}; {saved}"
+        )
+
+
+def _summarize(window: list[dict[str, np.ndarray]]) -> dict[str, float]:
+    """The mean loss over the tokens of some steps, the last gradient norm and learning rate."""
+    losses, tokens = ([float(metrics[name]) for metrics in window] for name in ("loss", "tokens"))
     return {
-        "loss": sum(float(metrics["loss"]) * int(metrics["tokens"]) for metrics in window) / tokens,
+        "loss": float(np.average(losses, weights=tokens)),
         "grad_norm": float(window[-1]["grad_norm"]),
         "learning_rate": float(window[-1]["learning_rate"]),
-        "tokens": tokens,
     }
 
 
-def _speed(config: TrainConfig, mesh: Mesh, tokens_per_second: float) -> dict[str, float]:
-    """Tokens per second over all devices and, where their peak rate is known, the share of it that is used (MFU)."""
-    peak = peak_flops(mesh.devices.flat[0])
-    if peak is None:
-        return {"tokens_per_second": tokens_per_second}
-    mfu = tokens_per_second * config.model.flops_per_token(config.length) / (peak * mesh.size)
-    return {"tokens_per_second": tokens_per_second, "mfu": mfu}
+def _speed(config: TrainConfig, mesh: Mesh, window: list[dict[str, np.ndarray]], seconds: float) -> dict[str, float]:
+    """Tokens per second over all devices and, for devices that tell, MFU and the peak memory of one in GiB.
+
+    MFU, the share of the peak rate that is used, counts six operations for every parameter that a token is multiplied
+    with, and nothing for what the mixers do between their projections.
+    """
+    values = {"tokens_per_second": sum(int(metrics["tokens"]) for metrics in window) / seconds}
+    device = mesh.local_devices[0]
+    if peak := peak_flops(device):
+        _, multiplied = count_parameters(config.model)
+        values["mfu"] = 6 * multiplied * values["tokens_per_second"] / (peak * mesh.size)
+    if memory := device.memory_stats():
+        values["memory_gib"] = memory["peak_bytes_in_use"] / 2**30
+    return values
 
 
 def _description(config: TrainConfig, mesh: Mesh, step: int) -> str:
-    dtype = compute_dtype(config.dtype)
+    parameters, _ = count_parameters(config.model)
+    device = mesh.devices.flat[0].device_kind
+    resumed = f", resumed at step {step}" if step else ""
     return (
-        f"{config.run_dir}: {count_parameters(config.model)[0]:,} parameters, {config.batch_size} x {config.length} tokens "
-        f"a step, {dtype} on {mesh.size} x {mesh.devices.flat[0].device_kind}"
-        + (f", resumed at step {step}" if step else "")
+        f"{config.run_dir}: {parameters:,} parameters, {config.batch_size} x {config.length} tokens a step, "
+        f"{compute_dtype(config.dtype)} on {mesh.size} x {device}{resumed}"
     )
 
 
@@ -224,7 +237,7 @@ def _stop_signals() -> Iterator[list[str]]:
 # Checks
 
 
-def _check_model(config: TrainConfig) -> None:
+def _check_sizes(config: TrainConfig) -> None:
     tokenizer = load_tokenizer(config.data.tokenizer)
     if tokenizer.vocab_size > config.model.vocab_size:
         raise ConfigError(
@@ -249,7 +262,7 @@ def _check_run_dir(run_dir: Path, config: TrainConfig, resume: bool) -> None:
         return
     if not stored.is_file():
         raise ConfigError(f"run_dir={config.run_dir!r}: there is no run to resume, expected a config.json")
-    changed = differences(TrainConfig.from_json(stored.read_text()), config)
+    changed = differences(json.loads(stored.read_text()), json.loads(config.to_json()))
     fixed = [text for name, text in changed.items() if name.split(".")[0] in _FIXED]
     if fixed:
         raise ConfigError(f"run_dir={config.run_dir!r}: can't be resumed with other settings: {'; '.join(fixed[:3])}")

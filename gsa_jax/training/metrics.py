@@ -40,15 +40,15 @@ class MetricsLog:
 
     def __init__(self, run_dir: Path, *, after_step: int, tensorboard: bool):
         """Goes on after `after_step`, 0 for a new run."""
-        path = run_dir / "metrics.jsonl"
-        _cut(path, after_step)
+        writes = jax.process_index() == 0
+        run_dir.mkdir(parents=True, exist_ok=True)
+        path = run_dir / "metrics.jsonl" if writes else Path(os.devnull)
+        if path.is_file():
+            _cut(path, after_step)
         self._file = path.open("a")
         self._tensorboard = None
-        if tensorboard:
+        if tensorboard and writes:
             self._tensorboard = tensorboardX.SummaryWriter(str(run_dir / "tensorboard"), purge_step=after_step + 1)
-
-    def __enter__(self) -> "MetricsLog":
-        return self
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Writes the values of one step; nothing is left in buffers."""
@@ -58,6 +58,9 @@ class MetricsLog:
             for name, value in values.items():
                 self._tensorboard.add_scalar(name, value, step)
             self._tensorboard.flush()
+
+    def __enter__(self) -> "MetricsLog":
+        return self
 
     def __exit__(self, *_) -> None:
         self._file.close()
@@ -74,8 +77,6 @@ def read_metrics(run_dir: Path | str) -> list[dict[str, Any]]:
 
 def _cut(path: Path, after_step: int) -> None:
     """Cuts off the lines behind `after_step`."""
-    if not path.exists():
-        return
     kept = 0
     with path.open("rb") as file:
         for line in file:
@@ -86,33 +87,37 @@ def _cut(path: Path, after_step: int) -> None:
 
 
 class Console:
-    """The progress of a run on standard output: a bar on a terminal, plain lines elsewhere; a context manager."""
+    """The progress of a run on standard output: a bar on a terminal, plain lines elsewhere; a context manager.
+
+    Only the first host prints.
+    """
 
     def __init__(self, steps: int, done: int):
         """For a run of `steps` steps of which `done` are done."""
         self._steps = steps
-        self._console = rich.console.Console(highlight=False, soft_wrap=True)
+        self._console = rich.console.Console(highlight=False, soft_wrap=True, quiet=jax.process_index() > 0)
         self._progress = rich.progress.Progress(
             rich.progress.BarColumn(20),
             rich.progress.TextColumn("{task.description}", markup=False),
             console=self._console,
-            disable=not self._console.is_terminal,
         )
         self._task = self._progress.add_task("compiling", total=steps, completed=done)
 
     def __enter__(self) -> "Console":
-        self._progress.start()
+        if self._console.is_terminal:
+            self._progress.start()
         return self
 
     def __exit__(self, *_) -> None:
-        self._progress.stop()
+        if self._console.is_terminal:
+            self._progress.stop()
 
     def note(self, text: str) -> None:
         """Prints a line that stays."""
         self._console.print(text, markup=False)
 
     def step(self, step: int, values: dict[str, float], seconds_left: float) -> None:
-        """Shows the state of the run: `values` as in `metrics.jsonl`."""
+        """Shows the state of the run, `values` as in metrics.jsonl; on a terminal, a line with an evaluation stays."""
         parts = [
             f"step {step}/{self._steps}",
             f"loss {values['loss']:.4f}",
@@ -121,10 +126,11 @@ class Console:
         if "mfu" in values:
             parts.append(f"MFU {values['mfu']:.1%}")
         parts.append(f"{datetime.timedelta(seconds=round(seconds_left))} left")
-        line = " · ".join(parts)
-        self._progress.update(self._task, completed=step, description=line)
-        if not self._console.is_terminal:
-            self.note(line)
+        self._progress.update(self._task, completed=step, description=" · ".join(parts))
+        if "validation_bits_per_byte" in values:
+            parts.insert(2, f"validation {values['validation_bits_per_byte']:.4f} bits/byte")
+        if "validation_bits_per_byte" in values or not self._console.is_terminal:
+            self.note(" · ".join(parts))
 
 
 def plot_curves(run_dir: Path | str, *, references: dict[str, float] | None = None) -> Path:
@@ -152,6 +158,7 @@ def plot_curves(run_dir: Path | str, *, references: dict[str, float] | None = No
         axes.axhline(value, color="gray", linestyle="--", linewidth=1)
         axes.annotate(f"{name} {value:.3f}", (0, value), xytext=(4, 3), textcoords="offset points", color="gray")
     axes.set_xlabel("step")
+    figure.align_ylabels()
     figure.suptitle(run_dir.name)
     path = run_dir / "curve.png"
     figure.savefig(path, dpi=150)

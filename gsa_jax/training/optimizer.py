@@ -14,7 +14,7 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
         init_value=0.0,
         peak_value=config.learning_rate,
         warmup_steps=config.warmup_steps,
-        decay_steps=steps,
+        decay_steps=max(steps, config.warmup_steps + 1),
         end_value=config.learning_rate * config.final_fraction,
     )
 

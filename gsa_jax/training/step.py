@@ -34,11 +34,6 @@ def compute_dtype(name: str) -> jnp.dtype:
     return jnp.dtype(name)
 
 
-def abstract_model(config: ModelConfig, dtype: jnp.dtype) -> tuple[nnx.GraphDef, nnx.State]:
-    """The structure of a model and the shapes of its parameters; allocates nothing."""
-    return nnx.split(nnx.eval_shape(lambda: LanguageModel(config, dtype=dtype, rngs=nnx.Rngs(0))))
-
-
 def init_state(
     config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int
 ) -> tuple[Callable[[], TrainState], TrainState]:
@@ -66,7 +61,7 @@ def make_train_step(
     gradient is not finite returns the state as it was: its metrics tell.
 
     Args:
-      graphdef: the model, as `abstract_model` gives it.
+      graphdef: the model's structure, as `nnx.split` gives it.
       optimizer, schedule: as `gsa_jax.training.optimizer` makes them.
       accumulation: parts of a batch; they are every accumulation-th row, so that no row changes its device.
 
@@ -83,7 +78,7 @@ def make_train_step(
         parts = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, accumulation, *x.shape[1:]), 1, 0), batch)
         (grads, nll, tokens), _ = jax.lax.scan(add_part, zeros, parts, unroll=accumulation == 1)
         grads = jax.tree.map(lambda g: g / tokens, grads)
-        loss, grad_norm = nll / tokens, optax.global_norm(grads)
+        loss, grad_norm = nll / tokens, optax.tree.norm(grads)
 
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         updated = TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state)

@@ -102,7 +102,7 @@ GATES = {
 
 
 def make_case(op, sizes, *, gates="ordinary", write=False, state=True, scalar=False, dtype=jnp.float32, seed=0):
-    """Random (inputs, cotangents) for `op`, as dictionaries.
+    """Random (inputs, cotangents) for `op`, as dictionaries of NumPy arrays.
 
     q, k, v, write and the cotangent of out are in `dtype`; gates and states are float32.
 
@@ -115,13 +115,13 @@ def make_case(op, sizes, *, gates="ordinary", write=False, state=True, scalar=Fa
       scalar: one gate per head (linear attention).
     """
     rng = np.random.default_rng(seed)
-    normal = lambda *shape, dtype=dtype: jnp.asarray(rng.normal(size=shape), dtype)  # noqa: E731
+    normal = lambda *shape, dtype=dtype: rng.normal(size=shape).astype(dtype)  # noqa: E731
     B, T, H, G, K, V, M = sizes
     rows = M if op is slot_attention else K
     arrays = {"q": normal(B, T, H, K), "k": normal(B, T, G, K), "v": normal(B, T, G, V)}
-    arrays["log_decay"] = jnp.asarray(GATES[gates](rng, (B, T, G, 1 if scalar else rows)), jnp.float32)
+    arrays["log_decay"] = GATES[gates](rng, (B, T, G, 1 if scalar else rows)).astype(np.float32)
     if write:
-        arrays["write"] = jnp.asarray(rng.uniform(size=(B, T, G, M)) / 8, dtype)
+        arrays["write"] = (rng.uniform(size=(B, T, G, M)) / 8).astype(dtype)
     widths = {"keys": K, "values": V} if op is slot_attention else {"state": V}
     states = {name: normal(B, G, rows, width, dtype=jnp.float32) for name, width in widths.items()}
     cotangents = {"out": normal(B, T, H, V)}

@@ -1,9 +1,8 @@
 """What the ops must compute: the recurrences token by token in float64 NumPy, with hand-written gradients.
 
 Independent of the library on purpose: nothing is imported from it, nothing is vectorized over tokens, batch entries or
-heads. Arrays travel in dictionaries, {"q": [B, T, H, K], "k": [B, T, G, K], ...}; every function takes the inputs and the
-cotangents of its outputs and returns (outputs, gradients by the inputs' names). Gradients of inputs left out are left
-out as well.
+heads. Arrays travel in dictionaries, {"q": [B, T, H, K], "k": [B, T, G, K], ...}; every function takes the inputs and
+the cotangents of its outputs and returns (outputs, gradients by the inputs' names). Inputs left out have no gradient.
 """
 
 import numpy as np

@@ -10,6 +10,7 @@ from tests.helpers import rel_err
 from tests.ops import oracle
 from tests.ops.cases import QUICK_COMPILE, Sizes, assert_all_close, make_case, slot_attention
 
+gate = jax.jit(abc_log_decay, compiler_options=QUICK_COMPILE)
 SIZES = Sizes(B=2, T=50, H=4, G=2, K=6, V=5, M=4)
 
 
@@ -30,7 +31,7 @@ def definition(logits, normalizer=None):
 def test_the_gate_and_the_write_strength_are_those_of_the_paper(resumed):
     logits, normalizer = make_logits()
     normalizer = normalizer if resumed else None
-    log_decay, last = abc_log_decay(logits, initial_normalizer=normalizer)
+    log_decay, last = gate(logits, initial_normalizer=normalizer)
     reference = definition(logits, normalizer)
     assert log_decay.dtype == last.dtype == jnp.float32
     np.testing.assert_allclose(log_decay, reference["log_decay"], rtol=1e-5)
@@ -56,32 +57,36 @@ def test_inside_slot_attention():
         return outputs, pullback(cotangents)[0]
 
     for gate_arrays in ({"write_logits": logits}, {"write_logits": logits, "normalizer": normalizer + 1}):
-        gate = definition(*gate_arrays.values())
+        reference = definition(*gate_arrays.values())
         outputs, gradients = oracle.slot_attention(
-            arrays | {"log_decay": gate["log_decay"], "write": gate["write"]}, cotangents
+            arrays | {"log_decay": reference["log_decay"], "write": reference["write"]}, cotangents
         )
         back = {name: gradients.pop(name) for name in ("log_decay", "write")} | {"normalizer": normalizer}
         gradients |= oracle.abc_gate(gate_arrays, back)[1]
         assert_all_close(
-            run(arrays | gate_arrays), (outputs | {"normalizer": gate["normalizer"]}, gradients), 2e-5, [*gate_arrays]
+            run(arrays | gate_arrays),
+            (outputs | {"normalizer": reference["normalizer"]}, gradients),
+            2e-5,
+            [*gate_arrays],
         )
 
 
 def test_long_sequences():
     """After 5000 tokens z[t-1] - z[t] is a difference of nearly equal numbers; the gate must not be taken from it."""
     logits, _ = make_logits(length=5000)
-    log_decay, last = abc_log_decay(logits)
+    log_decay, last = gate(logits)
     reference = definition(logits)
-    np.testing.assert_allclose(log_decay, reference["log_decay"], rtol=2e-5)
+    assert rel_err(log_decay[:, 1:], reference["log_decay"][:, 1:]) < 2e-6
+    np.testing.assert_allclose(log_decay, reference["log_decay"], rtol=2e-4)
     np.testing.assert_allclose(last, reference["normalizer"], rtol=1e-6)
 
 
 @pytest.mark.parametrize("length", [1, 20, 49])
 def test_resumes(length):
     logits, normalizer = make_logits()
-    whole, last = abc_log_decay(logits, initial_normalizer=normalizer)
-    first, between = abc_log_decay(logits[:, :length], initial_normalizer=normalizer)
-    second, end = abc_log_decay(logits[:, length:], initial_normalizer=between)
+    whole, last = gate(logits, initial_normalizer=normalizer)
+    first, between = gate(logits[:, :length], initial_normalizer=normalizer)
+    second, end = gate(logits[:, length:], initial_normalizer=between)
     np.testing.assert_allclose(jnp.concatenate([first, second], axis=1), whole, rtol=1e-5)
     np.testing.assert_allclose(end, last, rtol=1e-6)
 
@@ -90,7 +95,7 @@ def test_resumes(length):
 def test_step_by_step(empty):
     logits, normalizer = make_logits()
     normalizer = jnp.full_like(normalizer, -jnp.inf) if empty else normalizer
-    whole, last = abc_log_decay(logits, initial_normalizer=normalizer)
+    whole, last = gate(logits, initial_normalizer=normalizer)
 
     def token(normalizer, logits):
         log_decay, normalizer = abc_log_decay_step(logits, normalizer)
@@ -105,7 +110,7 @@ def test_documents_begin_empty():
     logits, normalizer = make_logits()
     borders = [0, 7, 8, 31, 50]
     ids = jnp.asarray(np.searchsorted(borders, np.arange(50), side="right"))[None].repeat(SIZES.B, 0)
-    packed, last = abc_log_decay(logits, initial_normalizer=normalizer, segment_ids=ids)
+    packed, last = gate(logits, initial_normalizer=normalizer, segment_ids=ids)
     for start, stop in zip(borders[:-1], borders[1:], strict=True):
         alone = definition(logits[:, start:stop], normalizer if start == 0 else None)
         np.testing.assert_allclose(packed[:, start:stop], alone["log_decay"], rtol=1e-5)
@@ -121,7 +126,9 @@ def test_gradients_stop_at_document_borders_and_are_finite():
         return jnp.sum(jnp.exp(log_decay[:, 20:])) + jnp.sum(last)
 
     with jax.debug_nans(True):
-        d_logits, d_normalizer = jax.grad(second_document, (0, 1))(logits, normalizer)
+        d_logits, d_normalizer = jax.jit(jax.grad(second_document, (0, 1)), compiler_options=QUICK_COMPILE)(
+            logits, normalizer
+        )
     assert not np.any(d_logits[:, :20]) and not np.any(d_normalizer)
     assert np.all(np.isfinite(d_logits)) and np.any(d_logits[:, 20:])
 
@@ -130,6 +137,4 @@ def test_gradients_stop_at_document_borders_and_are_finite():
 def test_a_shift_of_all_logits_changes_nothing(shift):
     logits, _ = make_logits()
     logits = jnp.round(logits * 64) / 64  # exact also beside the shift
-    assert (
-        rel_err(jnp.exp(abc_log_decay(logits + shift)[0]), jnp.exp(abc_log_decay(logits)[0])) < 5e-3
-    )  # float32 resolves 1e4 to 1e-3
+    assert rel_err(jnp.exp(gate(logits + shift)[0]), jnp.exp(gate(logits)[0])) < 5e-3  # float32 resolves 1e4 to 1e-3

@@ -26,7 +26,7 @@ SIZES = Sizes(B=2, T=40, H=4, G=2, K=6, V=5, M=7)
 def segment_ids(borders):
     """Ids [B, T] with a new document at each of the borders; the ids of the second row repeat, neighbours differ."""
     ids = np.sum([np.arange(SIZES.T) >= border for border in borders], axis=0)
-    return jnp.asarray([ids, ids % 2], jnp.int32)
+    return np.asarray([ids, ids % 2], np.int32)
 
 
 drawn = given(
@@ -59,7 +59,7 @@ def test_documents(op, implementation):
         changed = (np.arange(SIZES.T) >= borders[0]) & (np.arange(SIZES.T) < (*borders, SIZES.T)[1])
 
         def replace(x, y):
-            return jnp.where(changed[None, :, None, None], y, x) if x.shape[1] == SIZES.T else x
+            return np.where(changed[None, :, None, None], y, x) if x.shape[1] == SIZES.T else x
 
         before = outputs_and_gradients(op, arrays, cotangents, ids, **options)
         after = outputs_and_gradients(op, *jax.tree.map(replace, (arrays, cotangents), others), ids, **options)
@@ -80,7 +80,7 @@ def test_one_document_is_no_documents(op):
 
 
 def test_the_derived_write_strength_is_that_of_the_gate_given():
-    """At a document's start the gate is closed by the border, yet its first token is written with 1 - exp(log_decay)."""
+    """A border closes the gate of a document's first token, which is still written with 1 - exp(log_decay)."""
     q = k = v = jnp.ones((1, 2, 1, 1))
     log_decay = jnp.full((1, 2, 1, 1), -0.5)
     _, state = ops.gated_slot_attention(q, k, v, log_decay, segment_ids=jnp.asarray([[0, 1]]))

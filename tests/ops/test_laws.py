@@ -25,11 +25,11 @@ cases = st.fixed_dictionaries({"gates": st.sampled_from(list(GATES)), "seed": st
 
 
 def run(op, arrays, implementation="chunked", chunk_size=8):
-    return outputs(op, arrays, implementation=implementation, chunk_size=chunk_size)
+    return jax.device_get(outputs(op, arrays, implementation=implementation, chunk_size=chunk_size))
 
 
 @few
-@given(ops, implementations, cases, st.sampled_from([1, 13, 32]))
+@given(ops, implementations, cases, st.sampled_from([13, 27]))
 def test_a_sequence_may_be_split_anywhere(op, implementation, case, length):
     arrays, cotangents = make_case(op, SIZES, **case)
     states = cotangents.keys() - {"out"}
@@ -37,12 +37,12 @@ def test_a_sequence_may_be_split_anywhere(op, implementation, case, length):
     first = run(op, arrays | {name: x[:, :length] for name, x in tokens.items()}, implementation)
     rest = {name: x[:, length:] for name, x in tokens.items()}
     second = run(op, rest | {name: first[name] for name in states}, implementation)
-    joined = second | {"out": jnp.concatenate([first["out"], second["out"]], axis=1)}
+    joined = second | {"out": np.concatenate([first["out"], second["out"]], axis=1)}
     assert_close(joined, run(op, arrays, implementation), TOLERANCE[jnp.float32])
 
 
 @few
-@given(ops, cases, st.sampled_from([1, 4, 16, 64]))
+@given(ops, cases, st.sampled_from([1, 4, 64]))
 def test_the_chunk_size_changes_nothing(op, case, chunk_size):
     arrays, _ = make_case(op, SIZES, **case)
     assert_close(run(op, arrays, chunk_size=chunk_size), run(op, arrays), TOLERANCE[jnp.float32])
@@ -60,7 +60,7 @@ def test_implementations_agree(op, case):
 def test_batch_entries_are_independent(op, implementation, case):
     arrays, _ = make_case(op, SIZES, **case)
     others, _ = make_case(op, SIZES, seed=case["seed"] + 1)
-    mixed = jax.tree.map(lambda x, y: jnp.concatenate([x[:1], y[1:]]), arrays, others)
+    mixed = jax.tree.map(lambda x, y: np.concatenate([x[:1], y[1:]]), arrays, others)
     before, after = run(op, arrays, implementation), run(op, mixed, implementation)
     for name in before:
         np.testing.assert_array_equal(after[name][0], before[name][0])
@@ -72,7 +72,7 @@ def test_the_future_changes_nothing(op, implementation, case):
     arrays, _ = make_case(op, SIZES, **case)
     others, _ = make_case(op, SIZES, seed=case["seed"] + 1)
     tokens = [name for name in arrays if arrays[name].shape[1] == SIZES.T]
-    mixed = arrays | {name: jnp.concatenate([arrays[name][:, :21], others[name][:, 21:]], axis=1) for name in tokens}
+    mixed = arrays | {name: np.concatenate([arrays[name][:, :21], others[name][:, 21:]], axis=1) for name in tokens}
     before, after = run(op, arrays, implementation), run(op, mixed, implementation)
     np.testing.assert_array_equal(after["out"][:, :21], before["out"][:, :21])
 
@@ -82,7 +82,7 @@ def test_the_future_changes_nothing(op, implementation, case):
 def test_grouped_heads_are_repeated_heads(op, implementation, case):
     arrays, _ = make_case(op, SIZES, **case)
     axes = {name: None if name == "q" else 2 if x.shape[1] == SIZES.T else 1 for name, x in arrays.items()}
-    repeated = {name: x if axes[name] is None else jnp.repeat(x, 2, axes[name]) for name, x in arrays.items()}
+    repeated = {name: x if axes[name] is None else np.repeat(x, 2, axes[name]) for name, x in arrays.items()}
     grouped, single = run(op, arrays, implementation), run(op, repeated, implementation)
     assert_close(
         grouped, {name: x if name == "out" else x[:, ::2] for name, x in single.items()}, TOLERANCE[jnp.float32]
@@ -93,6 +93,6 @@ def test_grouped_heads_are_repeated_heads(op, implementation, case):
 @given(implementations, cases)
 def test_one_gate_per_head_is_broadcast(implementation, case):
     arrays, _ = make_case(linear_attention, SIZES, scalar=True, **case)
-    wide = arrays | {"log_decay": jnp.broadcast_to(arrays["log_decay"], arrays["k"].shape)}
+    wide = arrays | {"log_decay": np.broadcast_to(arrays["log_decay"], arrays["k"].shape)}
     results = run(linear_attention, arrays, implementation), run(linear_attention, wide, implementation)
     assert_close(*results, TOLERANCE[jnp.float32])

@@ -9,7 +9,8 @@ PROGRAM = """
 import functools
 
 import jax
-import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from tests.ops.cases import IMPLEMENTATIONS, OPS, Sizes, assert_all_close, expected, make_case, outputs_and_gradients
@@ -21,12 +22,15 @@ tokens, state = P("data", None, "heads", None), P("data", "heads", None, None)
 for op in OPS:
     for initial in (True, False):
         arrays, cotangents = make_case(op, Sizes(4, 20, 4, 2, 6, 5, 7), gates="all kinds", state=initial)
-        segment_ids = jnp.arange(20)[None] // jnp.asarray([[3], [7], [8], [20]])
-        specs = [{name: tokens if x.shape[1] == 20 else state for name, x in tree.items()} for tree in (arrays, cotangents)]
+        segment_ids = np.arange(20)[None] // np.asarray([[3], [7], [8], [20]])
+        specs = jax.tree.map(lambda x: tokens if x.shape[1] == 20 else state, (arrays, cotangents))
+        inputs = (arrays, cotangents, segment_ids)
+        in_specs = (*specs, P("data", None))
+        inputs = jax.device_put(inputs, jax.tree.map(lambda spec: NamedSharding(mesh, spec), in_specs))
         for implementation in IMPLEMENTATIONS:
-            run = functools.partial(outputs_and_gradients, op, implementation=implementation, chunk_size=8)
-            sharded = jax.shard_map(run, mesh=mesh, in_specs=(*specs, P("data")), out_specs=(specs[1], specs[0]))
-            results = jax.jit(sharded)(arrays, cotangents, segment_ids)
+            run = functools.partial(outputs_and_gradients.__wrapped__, op, implementation=implementation, chunk_size=8)
+            sharded = jax.shard_map(run, mesh=mesh, in_specs=in_specs, out_specs=specs[::-1])
+            results = jax.jit(sharded)(*inputs)
             assert results[0]["out"].sharding.spec == tokens
             assert_all_close(results, expected(op, arrays, cotangents, segment_ids), 2e-5, implementation)
 print("all sharded")

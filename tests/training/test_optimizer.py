@@ -5,9 +5,9 @@ import optax
 import pytest
 from flax import nnx
 
+from gsa_jax.models import abstract_model
 from gsa_jax.training import OptimizerConfig, make_optimizer, make_schedule
 from gsa_jax.training.optimizer import decay_mask
-from gsa_jax.training.step import abstract_model
 from tests.training.tiny import MODEL
 
 
@@ -23,8 +23,13 @@ def test_schedule_without_warmup_starts_near_the_peak():
     np.testing.assert_allclose(schedule(np.arange(1, 5)), [0.853553, 0.5, 0.146447, 0], atol=1e-6)
 
 
+def test_a_run_shorter_than_the_warmup_ends_within_it():
+    schedule = make_schedule(OptimizerConfig(learning_rate=1.0, warmup_steps=100), steps=50)
+    np.testing.assert_allclose(schedule(np.array([1, 50])), [0.01, 0.5], rtol=1e-5)
+
+
 def test_only_matrices_decay():
-    _, params = abstract_model(MODEL, jnp.float32)
+    _, params = nnx.split(abstract_model(MODEL, dtype=jnp.float32))
     mask = dict(nnx.to_flat_state(decay_mask(params)))
     matrices = {"embedding", "kernel"}
     assert all(decayed == (path[-1] in matrices) for path, decayed in mask.items())

@@ -18,9 +18,11 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Iterator
+from typing import Annotated
 
 import grain
 import numpy as np
+import tyro
 
 from gsa_jax.training.data.corpus import STDLIB, Corpus, DataError, open_corpus
 from gsa_jax.training.data.tokenizer import Tokenizer, load_tokenizer
@@ -36,7 +38,7 @@ _BATCHES_AHEAD = 2
 class DataConfig:
     """What text to train on, and how it becomes tokens."""
 
-    path: str = STDLIB
+    path: Annotated[str, tyro.conf.arg(aliases=("--data",))] = STDLIB
     """Text, JSONL or Parquet files: a file, a directory or a glob; "stdlib" is Python's own standard library."""
     tokenizer: str = "byte"
     """The tokenizer: "byte", or the path of a Hugging Face tokenizer.json."""

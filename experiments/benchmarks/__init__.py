@@ -1,0 +1,1 @@
+"""What is fast and what is not, measured: `python -m experiments.benchmarks.NAME --help`."""

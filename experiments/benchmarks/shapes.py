@@ -1,0 +1,66 @@
+"""The shapes that benchmarks time, by name; the same list serves every op, implementation and peer."""
+
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+Op = Literal["gsa", "gla"]
+
+
+class Shape(NamedTuple):
+    """The sizes of one call; as many query heads as key heads."""
+
+    op: Op
+    B: int
+    T: int
+    H: int
+    K: int
+    V: int
+    M: int = 0
+    """slots, for gsa only"""
+
+    @property
+    def sizes(self):
+        """[B, T, H, K, V, M] of gsa, [B, T, H, K, V] of gla."""
+        return list(self[1:]) if self.op == "gsa" else list(self[1:-1])
+
+
+GPU_SHAPES = {
+    "gsa-512-2k": Shape("gsa", 16, 2048, 4, 512, 512, 64),
+    "gsa-512-8k": Shape("gsa", 4, 8192, 4, 512, 512, 64),
+    "gsa-512-32k": Shape("gsa", 1, 32768, 4, 512, 512, 64),
+    "gsa-256": Shape("gsa", 8, 4096, 4, 256, 256, 64),
+    "gsa-128": Shape("gsa", 8, 4096, 16, 128, 128, 64),
+    "gsa-64": Shape("gsa", 8, 4096, 32, 64, 64, 64),
+    "gla-256-2k": Shape("gla", 16, 2048, 4, 256, 512),
+    "gla-256-8k": Shape("gla", 4, 8192, 4, 256, 512),
+    "gla-256-32k": Shape("gla", 1, 32768, 4, 256, 512),
+    "gla-128": Shape("gla", 8, 4096, 16, 128, 128),
+    "gla-128x256": Shape("gla", 8, 4096, 4, 128, 256),
+}
+"""Shapes of models of some billion parameters, in bfloat16."""
+
+CPU_SHAPES = {
+    "gsa-cpu": Shape("gsa", 2, 2048, 4, 64, 64, 64),
+    "gla-cpu": Shape("gla", 2, 2048, 4, 64, 64),
+    "gsa-cpu-wide": Shape("gsa", 2, 2048, 4, 128, 128, 64),
+    "gsa-cpu-long": Shape("gsa", 1, 8192, 4, 64, 64, 64),
+    "gsa-cpu-short": Shape("gsa", 8, 256, 2, 32, 32, 32),
+}
+"""Shapes of models that learn on a CPU, in float32."""
+
+QUICK_SHAPES = {"gsa-cpu": CPU_SHAPES["gsa-cpu"]}
+SHAPES = GPU_SHAPES | CPU_SHAPES
+
+
+def make_inputs(shape, dtype, seed=0):
+    """Random q, k, v, log_decay of `shape`; gates as a model's are: log_sigmoid of a projection, damped by 1/16."""
+    keys = jax.random.split(jax.random.key(seed), 4)
+    tokens = (shape.B, shape.T, shape.H)
+    q, k, v = (
+        jax.random.normal(key, (*tokens, size), jnp.float32).astype(dtype)
+        for key, size in zip(keys, (shape.K, shape.K, shape.V), strict=False)
+    )
+    gates = jax.random.normal(keys[3], (*tokens, shape.M or shape.K), jnp.float32)
+    return q, k, v, jax.nn.log_sigmoid(gates) / 16

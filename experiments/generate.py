@@ -1,0 +1,63 @@
+"""Continues a prompt with a trained model and streams the text to the terminal.
+
+python -m experiments.generate runs/tiny --prompt "def " --temperature 0.8 --top-p 0.95
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import jax
+import numpy as np
+import tyro
+
+from experiments.command_line import user_errors
+from gsa_jax.generation import SamplingConfig, stream
+from gsa_jax.training import load_model
+from gsa_jax.training.data import load_tokenizer
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Continues a prompt with a trained model and streams the text to the terminal."""
+
+    run: tyro.conf.Positional[Path]
+    """folder of a run of experiments.language_model"""
+    prompt: str = "def "
+    """what the text begins with"""
+    num_tokens: int = 500
+    """tokens to draw"""
+    seed: int = 0
+    """of the draws"""
+    block_size: int = 16
+    """tokens drawn between two writes to the terminal; does not change them"""
+    sampling: Annotated[SamplingConfig, tyro.conf.arg(name="")] = field(default_factory=SamplingConfig)
+
+
+def main(arguments: Arguments) -> None:
+    """Prints the prompt and then the tokens as they come."""
+    model, config, _ = load_model(arguments.run)
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    prompt = np.concatenate([[tokenizer.separator], tokenizer.encode(arguments.prompt)])
+    blocks = stream(
+        model,
+        prompt[None],
+        arguments.num_tokens,
+        sampling=arguments.sampling,
+        key=jax.random.key(arguments.seed),
+        block_size=arguments.block_size,
+    )
+    print(arguments.prompt, end="", flush=True)
+    ids, written = [], 0
+    for block in blocks:
+        ids.extend(np.asarray(block[0]).tolist())
+        text = tokenizer.decode(ids)
+        complete = len(text.rstrip("\ufffd"))
+        print(text[written:complete], end="", flush=True)
+        written = max(written, complete)
+    print(text[written:])
+
+
+if __name__ == "__main__":
+    with user_errors():
+        main(tyro.cli(Arguments))

@@ -1,0 +1,89 @@
+"""Trains a language model.
+
+    python -m experiments.language_model                                           # bytes, 5 minutes on 2 CPU cores
+    python -m experiments.language_model --preset gsa-340m --data "corpus/*.jsonl" --data.tokenizer tokenizer.json
+    python -m experiments.language_model --resume                                  # goes on after an interruption
+
+The run's folder gets the settings, checkpoints, metrics.jsonl, TensorBoard curves and a plot. At the end the script
+prints the validation bits per byte beside those of a byte bigram model, and a sample.
+"""
+
+import argparse
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import jax
+import numpy as np
+import tyro
+
+from experiments.bigram import bigram_bits_per_byte
+from experiments.command_line import user_errors
+from gsa_jax.generation import generate
+from gsa_jax.models import PRESETS
+from gsa_jax.training import ConfigError, TrainConfig, TrainSummary, load_model, recipe, train
+from gsa_jax.training.data import load_tokenizer
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Trains a language model; the top of experiments/language_model.py has examples."""
+
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")]
+    preset: str = "tiny"
+    """model and recipe, the defaults of all settings below: tiny, tiny-gla, ..., gsa-340m, gsa-1.3b, gsa-2.7b, and the
+    same sizes of abc, gla, hgrn2, retention, linear and softmax"""
+    resume: bool = False
+    """go on with the run in --run-dir, with its settings, from its last checkpoint"""
+    prompt: str = "def "
+    """what the sample at the end begins with"""
+
+
+def main(arguments: Arguments) -> None:
+    """Trains, then prints how well and a sample."""
+    config = arguments.config
+    summary = train(config, resume=arguments.resume)
+    if summary.skipped:
+        print(f"left out {len(summary.skipped)} documents; the first: {summary.skipped[0]}")
+    if summary.interrupted:
+        print(f"stopped by {summary.interrupted} after step {summary.step}, saved; go on with --resume")
+    elif jax.process_index() == 0:
+        report(config, summary)
+        print(f"\nA sample, after {arguments.prompt!r}:\n{sample(summary.run_dir, arguments.prompt)}")
+        print(f"\nMore: python -m experiments.generate {summary.run_dir} --prompt {arguments.prompt!r}")
+
+
+def report(config: TrainConfig, summary: TrainSummary) -> None:
+    """Prints the validation bits per byte beside those of the byte bigram model."""
+    bigram = bigram_bits_per_byte(config.data.open("train"), config.data.open("validation"))
+    print(f"\nvalidation bits per byte: {summary.metrics['validation_bits_per_byte']:.3f}")
+    print(f"  a byte bigram model's:  {bigram:.3f}")
+    print(f"curve, metrics and checkpoints: {summary.run_dir}/")
+
+
+def sample(run_dir: Path, prompt: str, num_tokens: int = 300) -> str:
+    """What the run's model makes of the prompt."""
+    model, config, _ = load_model(run_dir)
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    ids = np.concatenate([[tokenizer.separator], tokenizer.encode(prompt)])
+    return prompt + tokenizer.decode(generate(model, ids[None], num_tokens)[0])
+
+
+def defaults(arguments: list[str]) -> TrainConfig:
+    """The settings that the command line starts from: those of --preset, or of the run that --resume goes on with."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--preset", default="tiny")
+    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--run-dir", "--run_dir")
+    chosen, _ = parser.parse_known_args(arguments)
+    if chosen.preset not in PRESETS:
+        raise ConfigError(f"--preset {chosen.preset}: unknown, expected one of {', '.join(PRESETS)}")
+    config = recipe(chosen.preset)
+    stored = Path(chosen.run_dir or config.run_dir) / "config.json"
+    return TrainConfig.from_json(stored.read_text()) if chosen.resume and stored.is_file() else config
+
+
+if __name__ == "__main__":
+    with user_errors():
+        main(tyro.cli(Arguments, default=Arguments(defaults(sys.argv[1:]))))

@@ -1,0 +1,202 @@
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from gsa_jax.training import (
+    ConfigError,
+    DataConfig,
+    DataError,
+    MeshConfig,
+    NonFiniteError,
+    OptimizerConfig,
+    load_model,
+    loop,
+    read_metrics,
+    train,
+)
+from tests.training.tiny import FAST_COMPILE, MODEL, run_config
+
+# Trains, and kills itself with signal 9 before its 11th step, two steps after a checkpoint.
+KILLED_RUN = """
+import itertools, os, pathlib, signal, sys
+from gsa_jax.training import TrainConfig, loop
+count, put_batch = itertools.count(1), loop.put_batch
+
+def put_or_die(batch, mesh):
+    if "target_bytes" not in batch and next(count) == 11:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return put_batch(batch, mesh)
+
+loop.put_batch = put_or_die
+loop.train(TrainConfig.from_json(pathlib.Path(sys.argv[1]).read_text()))
+"""
+
+
+def curves(run_dir):
+    """The metrics without the time that they took."""
+    return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in read_metrics(run_dir)]
+
+
+def parameters(run_dir):
+    return jax.tree.leaves(nnx.state(load_model(run_dir)[0]))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("loop")
+
+
+@pytest.fixture(scope="module")
+def finished(folder):
+    """An unbroken run and its summary."""
+    config = run_config(folder, "unbroken", tensorboard=True)
+    return config, train(config)
+
+
+def same_run(config, finished_config):
+    assert curves(config.run_dir) == curves(finished_config.run_dir)
+    for mine, other in zip(parameters(config.run_dir), parameters(finished_config.run_dir), strict=True):
+        np.testing.assert_array_equal(mine, other)
+
+
+def test_a_run_learns_and_leaves_everything_in_its_folder(finished, capsys):
+    config, summary = finished
+    lines = read_metrics(config.run_dir)
+    assert [line["step"] for line in lines] == [2, 4, 6, 8, 10, 12]
+    assert [line["step"] for line in lines if "validation_bits_per_byte" in line] == [6, 12]
+    assert lines[-1]["loss"] < lines[0]["loss"] - 0.5
+    assert lines[-1]["validation_bits_per_byte"] < lines[2]["validation_bits_per_byte"]
+    assert summary.step == 12 and summary.metrics == lines[-1] and summary.interrupted is None
+    assert {path.name for path in summary.run_dir.iterdir()} == {
+        "checkpoints", "config.json", "curve.png", "metrics.jsonl", "tensorboard",
+    }  # fmt: skip
+    assert {path.name for path in (summary.run_dir / "checkpoints").iterdir()} == {"8", "12"}
+
+
+def test_the_model_of_a_run_has_the_validation_loss_that_was_written_down(finished):
+    config, summary = finished
+    model, stored, step = load_model(config.run_dir)
+    assert stored == config and step == 12
+    nll = count = 0
+    for i, batch in enumerate(loop.validation_batches(config.data, batch_size=4, length=32)):
+        if i < config.eval_batches:
+            logits, _ = model(batch["inputs"], segment_ids=batch["segment_ids"])
+            mask = batch["segment_ids"] > 0
+            nll -= np.take_along_axis(jax.nn.log_softmax(logits), batch["targets"][..., None], -1)[..., 0][mask].sum()
+            count += mask.sum()
+    assert nll / count == pytest.approx(summary.metrics["validation_loss"], rel=1e-5)
+
+
+def test_killed_and_resumed_gives_the_same_numbers_to_the_bit(folder, finished):
+    config = dataclasses.replace(finished[0], run_dir=str(folder / "killed"))
+    (folder / "killed.json").write_text(config.to_json())
+    command = [sys.executable, "-c", KILLED_RUN, str(folder / "killed.json")]
+    done = subprocess.run(command, env=os.environ | FAST_COMPILE, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert curves(config.run_dir)[-1]["step"] == 10
+    summary = train(config, resume=True)
+    assert summary.metrics["loss"] == finished[1].metrics["loss"]
+    same_run(config, finished[0])
+
+
+def test_sigterm_saves_and_ends_the_run_cleanly(folder, finished, monkeypatch):
+    config = dataclasses.replace(finished[0], run_dir=str(folder / "terminated"))
+    put_batch, calls = loop.put_batch, iter(range(100))
+
+    def put_and_signal(batch, mesh):
+        if "target_bytes" not in batch and next(calls) == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return put_batch(batch, mesh)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "put_batch", put_and_signal)
+        summary = train(config)
+    assert summary.interrupted == "SIGTERM" and summary.step == summary.metrics["step"] == 7
+    assert load_model(config.run_dir)[2] == 7
+    assert train(config, resume=True).interrupted is None
+    for mine, other in zip(parameters(config.run_dir), parameters(finished[0].run_dir), strict=True):
+        np.testing.assert_array_equal(mine, other)
+
+
+def test_the_second_signal_acts_as_always():
+    before = signal.getsignal(signal.SIGINT)
+    with loop._stop_signals() as signals:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert signals == ["SIGINT"]
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+    assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_a_finished_run_can_be_resumed_and_prolonged(folder, finished):
+    config = run_config(folder, "prolonged", steps=2, optimizer=OptimizerConfig())
+    first = train(config)
+    assert train(config, resume=True).metrics == first.metrics
+    assert train(dataclasses.replace(config, steps=4), resume=True).step == 4
+    assert [line["step"] for line in read_metrics(config.run_dir)] == [2, 4]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(folder, finished):
+    optimizer = OptimizerConfig(learning_rate=1e38, warmup_steps=2, final_fraction=1.0)
+    config = dataclasses.replace(finished[0], run_dir=str(folder / "nan"), optimizer=optimizer, checkpoint_every=1)
+    with pytest.raises(NonFiniteError, match="step 2: the loss is .* the last checkpoint is that of step 1"):
+        train(config)
+    assert all(np.isfinite(x).all() for x in parameters(config.run_dir))
+    assert load_model(config.run_dir)[2] == 1
+
+
+def test_an_existing_folder_is_not_overwritten(finished, tmp_path):
+    before = {path: path.stat().st_mtime_ns for path in finished[1].run_dir.rglob("*")}
+    with pytest.raises(ConfigError, match="run_dir='.*unbroken': not empty, and is not overwritten; resume it or"):
+        train(finished[0])
+    assert before == {path: path.stat().st_mtime_ns for path in finished[1].run_dir.rglob("*")}
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="not empty"):
+        train(dataclasses.replace(finished[0], run_dir=str(tmp_path)))
+
+
+def test_only_a_run_can_be_resumed_and_only_as_it_was(finished, tmp_path):
+    config = finished[0]
+    with pytest.raises(ConfigError, match="there is no run to resume"):
+        train(dataclasses.replace(config, run_dir=str(tmp_path / "none")), resume=True)
+    for change, message in [
+        ({"model": dataclasses.replace(MODEL, num_layers=4)}, "model.num_layers is 2 there and 4 here"),
+        ({"length": 64}, "length is 32 there and 64 here"),
+        ({"data": dataclasses.replace(config.data, validation_fraction=0.5)}, "data.validation_fraction is 0.2 there"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            train(dataclasses.replace(config, **change), resume=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"data": DataConfig(path="/no/such/corpus")}, DataError, "no such file"),
+        ({"length": 10**6}, DataError, "expected at least length=1000000"),
+        ({"model": dataclasses.replace(MODEL, vocab_size=256)}, ConfigError, "vocab_size=256: expected at least 257"),
+        ({"mesh": MeshConfig(tensor=64)}, ConfigError, "tensor=64"),
+    ],
+)
+def test_the_users_mistakes_leave_no_folder_behind(folder, change, error, message):
+    config = dataclasses.replace(run_config(folder, "mistake"), **change)
+    with pytest.raises(error, match=message):
+        train(config)
+    assert issubclass(error, ValueError) and not os.path.exists(config.run_dir)
+
+
+def test_skipped_documents_are_reported(tmp_path):
+    lines = [json.dumps({"text": "slot gate " * 5})] * 9
+    (tmp_path / "corpus.jsonl").write_text("\n".join([*lines, "{broken", *lines]))
+    data = DataConfig(path=str(tmp_path / "corpus.jsonl"), skip_bad=True, validation_fraction=0.3)
+    (message,) = train(run_config(tmp_path, data=data)).skipped
+    assert "corpus.jsonl, line 10: expected a JSON object" in message
