@@ -132,9 +132,7 @@ def as_table(result):
     """The rows as a table for the terminal."""
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     title = f"{result['device']}, {result['rows'][0]['dtype']}, {versions}"
-    table = Table(
-        title=title, box=SIMPLE, pad_edge=False, caption="ratio: time of the scan / time of this implementation"
-    )
+    table = Table(title=title, box=SIMPLE, padding=0, caption="ratio: time of the scan / time of this implementation")
     for heading in ("shape", "B,T,H,K,V(,M)", "by"):
         table.add_column(heading, no_wrap=True)
     for heading in ("fwd ms", "ratio", "fwd+bwd ms", "ratio"):

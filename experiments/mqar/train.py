@@ -10,6 +10,7 @@ import numpy as np
 import optax
 from flax import nnx
 
+from experiments.mqar.config import Config
 from experiments.mqar.task import IGNORE, generate
 from gsa_jax.models import LanguageModel, ModelConfig
 from gsa_jax.training.step import compute_dtype
@@ -105,7 +106,7 @@ def num_right(logits: jax.Array, answers: jax.Array) -> jax.Array:
 
 def accuracy(functions: Functions, params: nnx.State, examples: Examples, batch_size: int) -> float:
     """The share of all queries that are answered right."""
-    batches = np.split(np.arange(len(examples.tokens)), range(batch_size, len(examples.tokens), batch_size))
+    batches = in_batches(np.arange(len(examples.tokens)), batch_size)
     right = [functions.count_right(params, examples.take(rows)) for rows in batches]
     return int(sum(right)) / examples.answers.size
 
@@ -115,53 +116,62 @@ class Report(NamedTuple):
 
     step: int
     """steps done"""
+    num_steps: int
+    """steps that all epochs take"""
     learning_rate: float
     """of the last step"""
     loss: float
-    """mean over the steps since the last report, nats a query"""
+    """mean over the steps since the report before, nats a query"""
     accuracy: float | None
-    """share of the test set's queries that are answered right, if this is the time for it"""
+    """share of the test set's queries that are answered right; None between tests"""
+    examples_per_second: float
+    """of the steps since the report before, without the test"""
     seconds: float
-    """since the start, without the tests"""
+    """since the start, compilation and tests included"""
 
 
 def train(
     functions: Functions,
     train_set: Examples,
     test_set: Examples,
-    *,
+    config: Config,
     learning_rate: float,
-    epochs: int,
-    batch_size: int,
-    steps_a_test: int | None,
-    seed: int,
 ) -> Iterator[Report]:
-    """Trains for `epochs`, or until the test accuracy is above `SOLVED`, or until the loss is not finite.
+    """Trains through all epochs, or until the test accuracy is above `SOLVED`, or until the loss is not finite.
 
-    Each epoch goes through the shuffled training set once, its last batch being what is left over. In epoch
-    e = 0 .. E - 1 the learning rate is the given one times (1 + cos(pi e / E)) / 2. A test follows every
-    `steps_a_test` steps (None: every epoch) and the last step.
+    Each epoch goes through the shuffled training set once, its last batch being what is left over; the learning rate
+    is that of `rate_of_epoch`. A test follows every `config.steps_a_test` steps (None: every epoch) and the last step.
     """
-    state = functions.init(seed)
-    rng = np.random.default_rng(seed)
-    size = len(train_set.tokens)
-    steps_an_epoch = -(-size // batch_size)
-    last_step = epochs * steps_an_epoch
-    steps_a_test = steps_a_test or steps_an_epoch
-    step, seconds, losses, start = 0, 0.0, [], time.perf_counter()
-    for epoch in range(epochs):
-        rate = learning_rate * (1 + np.cos(np.pi * epoch / epochs)) / 2
-        for rows in np.split(rng.permutation(size), range(batch_size, size, batch_size)):
+    began = time.perf_counter()
+    state = functions.init(config.seed)
+    rng = np.random.default_rng(config.seed)
+    steps_an_epoch = -(-len(train_set.tokens) // config.batch_size)
+    steps_a_test = config.steps_a_test or steps_an_epoch
+    num_steps = config.epochs * steps_an_epoch
+    step, num_examples, losses, resumed = 0, 0, [], began
+    for epoch in range(config.epochs):
+        rate = rate_of_epoch(learning_rate, epoch, config.epochs)
+        for rows in in_batches(rng.permutation(len(train_set.tokens)), config.batch_size):
             state, loss = functions.train_step(state, train_set.take(rows), rate)
+            step, num_examples = step + 1, num_examples + len(rows)
             losses.append(loss)
-            step += 1
-            is_test = step % steps_a_test == 0 or step == last_step
-            if not is_test and step % STEPS_A_REPORT:
+            is_test = step == num_steps or step % steps_a_test == 0
+            if not is_test and step % STEPS_A_REPORT and step > 1:  # the first step, which compiles, stands alone
                 continue
             mean_loss = float(np.mean(jax.device_get(losses)))
-            seconds += time.perf_counter() - start
-            result = accuracy(functions, state.params, test_set, batch_size) if is_test else None
-            yield Report(step, rate, mean_loss, result, seconds)
+            speed = num_examples / (time.perf_counter() - resumed)
+            result = accuracy(functions, state.params, test_set, config.batch_size) if is_test else None
+            yield Report(step, num_steps, rate, mean_loss, result, speed, time.perf_counter() - began)
             if not np.isfinite(mean_loss) or (result is not None and result > SOLVED):
                 return
-            losses, start = [], time.perf_counter()
+            num_examples, losses, resumed = 0, [], time.perf_counter()
+
+
+def rate_of_epoch(peak: float, epoch: int, epochs: int) -> float:
+    """The learning rate of epoch 0 .. epochs - 1: a cosine from the peak that would reach 0 with one epoch more."""
+    return float(peak * (1 + np.cos(np.pi * epoch / epochs)) / 2)
+
+
+def in_batches(rows: np.ndarray, batch_size: int) -> list[np.ndarray]:
+    """Cuts indices into batches, the last one of what is left over."""
+    return np.split(rows, range(batch_size, len(rows), batch_size))

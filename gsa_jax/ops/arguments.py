@@ -87,7 +87,7 @@ def zero_state(shape, dtype, like):
     products with a broadcast constant (its `__ynn_fusion`).
     """
     zeros = jax.lax.optimization_barrier(jnp.zeros(shape, dtype))
-    axes = tuple(getattr(jax.typeof(like), "vma", ()))
+    axes = tuple(jax.typeof(like).manual_axis_type.varying)
     return jax.lax.pcast(zeros, axes, to="varying") if axes else zeros
 
 

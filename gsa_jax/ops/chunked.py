@@ -76,6 +76,8 @@ def chunk_decays(log_decay):
         halves.append((jnp.exp(since), jnp.exp(until)))
         since_start = _join(earlier_since, since + earlier_since[..., -1:, :])
         until_end = _join(until + since[..., -1:, :], later_until)
+        # A kernel a level: XLA would fuse them all, and compute each level's sums again for every level above it.
+        since_start, until_end = lax.optimization_barrier((since_start, until_end))
         half *= 2
     return Decays(halves, jnp.exp(since_start), jnp.exp(until_end))
 
@@ -97,7 +99,7 @@ def write_chunks(states, decays, write, written):
         return [kept * state + new for state, new in zip(states, added, strict=True)], entering
 
     by_chunk = jax.tree.map(lambda x: jnp.moveaxis(x, 2, 0), (kept, added))
-    last, entering = lax.scan(next_chunk, list(states), by_chunk)
+    last, entering = lax.scan(next_chunk, list(states), by_chunk, unroll=16)
     return [jnp.moveaxis(state, 0, 2)[:, :, :, None] for state in entering], tuple(last)
 
 
@@ -109,8 +111,8 @@ def read_rows(q, k, write, decays, state):
 
 def read_columns(p, write, v, decays, state):
     """Every token's Hᵀ p, [B, G, N, R, C, V], from the state entering the chunk and the tokens written in it."""
-    before = dot((p * decays.since_start).astype(v.dtype), state)
-    return before + dot(decayed_scores(p, write, decays, v.dtype).astype(v.dtype), v)
+    before = dot((p * decays.since_start).astype(v.dtype), state, out_dtype=v.dtype)
+    return before + dot(decayed_scores(p, write, decays, v.dtype).astype(v.dtype), v, out_dtype=v.dtype)
 
 
 def decayed_scores(p, write, decays, dtype):

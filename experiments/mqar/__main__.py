@@ -1,0 +1,76 @@
+"""Multi-query associative recall: `python -m experiments.mqar`."""
+
+import dataclasses
+import datetime
+import itertools
+import platform
+import shlex
+import sys
+from typing import Any
+
+import jax
+import jaxlib
+import tyro
+
+from experiments.benchmarks.ops import device_name
+from experiments.command_line import user_errors
+from experiments.mqar.config import Config
+from experiments.mqar.report import Display, best_runs, duration, summarize, write_results
+from experiments.mqar.train import make_examples, make_functions, train
+from gsa_jax.models import count_parameters
+
+
+def main(config: Config) -> dict[str, Any]:
+    """Trains every combination, writes after each; returns what is written."""
+    with user_errors():
+        config = config.resolved()
+        models = {key: config.model(*key) for key in itertools.product(config.mixers, config.hidden_sizes)}
+        functions = {key: make_functions(model) for key, model in models.items()}
+        task = (config.length, config.num_pairs, config.vocab_size)
+        train_set = make_examples(config.seed, config.train_examples, *task)
+        test_set = make_examples(config.seed + 1, config.test_examples, *task)
+        if config.out.exists():
+            raise ValueError(f"out: {config.out} exists and is left as it is, expected a new folder")
+        config.out.mkdir(parents=True)
+
+    results = {"settings": dataclasses.asdict(config), **describe(), "runs": []}
+    total = len(models) * len(config.learning_rates)
+    with Display() as display:
+        for key, rate in itertools.product(models, config.learning_rates):
+            parameters, _ = count_parameters(models[key])
+            number = len(results["runs"]) + 1
+            display.start(f"[{number}/{total}] {name(*key, rate)}: {parameters:,} parameters")
+            reports = []
+            for report in train(functions[key], train_set, test_set, config, rate):
+                reports.append(report)
+                display.step(report)
+            model = dict(zip(("mixer", "hidden_size"), key, strict=True), learning_rate=rate, parameters=parameters)
+            results["runs"].append(summarize(model, reports))
+            write_results(config.out, results)
+        for run in best_runs(results["runs"]):
+            what = name(run["mixer"], run["hidden_size"], run["learning_rate"])
+            display.note(
+                f"{what}: accuracy {run['accuracy']:.4f} ({run['ended']}) "
+                f"after {run['steps']} steps, {duration(run['seconds'])}"
+            )
+        display.note(f"results.json and accuracy.png are in {config.out}")
+    return results
+
+
+def name(mixer: str, hidden_size: int, learning_rate: float) -> str:
+    """A training for people."""
+    return f"{mixer}, width {hidden_size}, learning rate {learning_rate:.2g}"
+
+
+def describe() -> dict[str, Any]:
+    """Where and when this runs."""
+    return {
+        "device": device_name(),
+        "versions": {"jax": jax.__version__, "jaxlib": jaxlib.__version__, "python": platform.python_version()},
+        "command": shlex.join(["python", "-m", "experiments.mqar", *sys.argv[1:]]),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, prog="python -m experiments.mqar"))

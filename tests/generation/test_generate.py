@@ -1,0 +1,85 @@
+"""Generation: what it draws, in which blocks, and that it compiles once and does not grow."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gsa_jax.generation import SamplingConfig, generate, stream
+from gsa_jax.models import LanguageModel
+from tests.models.cases import PATTERNS, VOCABULARY, compiled, config, model, token_ids
+
+PROMPT = token_ids(5)
+NUM_TOKENS = 7
+GREEDY = SamplingConfig(temperature=0)
+
+
+@pytest.fixture(scope="module")
+def lm():
+    """A hybrid of a fixed-size memory and a key-value cache."""
+    return model(config(("gsa", "softmax")))
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_greedy_tokens_are_the_most_likely_of_the_whole_sequence(name):
+    lm = model(config(PATTERNS[name]))
+    tokens = generate(lm, PROMPT, NUM_TOKENS, sampling=GREEDY)
+    assert tokens.shape == (2, NUM_TOKENS) and tokens.dtype == jnp.int32
+    logits, _ = compiled(lambda lm, tokens: lm(tokens))(lm, jnp.concatenate([PROMPT, tokens], axis=1))
+    np.testing.assert_array_equal(tokens, jnp.argmax(logits[:, 4:-1], axis=-1))
+
+
+@pytest.mark.parametrize("block_size", [1, 3, 100])
+def test_block_sizes_change_nothing(lm, block_size):
+    blocks = list(stream(lm, PROMPT, NUM_TOKENS, block_size=block_size))
+    assert [x.shape[1] for x in blocks] == {1: [1] * 7, 3: [3, 3, 1], 100: [7]}[block_size]
+    np.testing.assert_array_equal(jnp.concatenate(blocks, axis=1), generate(lm, PROMPT, NUM_TOKENS))
+
+
+def test_the_key_decides(lm):
+    draw = lambda key: np.asarray(generate(lm, PROMPT, NUM_TOKENS, key=key))  # noqa: E731
+    np.testing.assert_array_equal(draw(jax.random.key(3)), draw(jax.random.key(3)))
+    np.testing.assert_array_equal(draw(None), draw(jax.random.key(0)))
+    assert not np.array_equal(draw(jax.random.key(3)), draw(jax.random.key(4)))
+
+
+def test_rows_are_drawn_each_by_itself(lm):
+    same = jnp.broadcast_to(PROMPT[:1], (16, 5))
+    tokens = np.asarray(generate(lm, same, NUM_TOKENS))
+    assert len(np.unique(tokens, axis=0)) > 1
+    assert tokens.min() >= 0 and tokens.max() < VOCABULARY
+
+
+def test_the_decode_loop_compiles_once_and_its_memory_stays(monkeypatch):
+    """Its trace is a call of `LanguageModel.step`; its memory is what lives between blocks."""
+    lm, traces, traced_step = model(config(("gsa", "softmax"), vocab_size=43)), [], LanguageModel.step
+
+    def counted(self, token, state):
+        traces.append(token.shape)
+        return traced_step(self, token, state)
+
+    monkeypatch.setattr(LanguageModel, "step", counted)
+    after_each_block, bytes_alive = [], []
+    for seed in (0, 1):
+        blocks = stream(lm, PROMPT, 12, block_size=4, key=jax.random.key(seed), sampling=SamplingConfig(top_k=5))
+        for block in blocks:
+            assert block.shape == (2, 4)
+            del block
+            after_each_block.append(len(traces))
+            bytes_alive.append(sum(x.nbytes for x in jax.live_arrays()))
+    assert after_each_block[0] > 0
+    assert after_each_block == after_each_block[:1] * 6
+    assert bytes_alive[:3] == bytes_alive[:1] * 3
+
+
+@pytest.mark.parametrize(
+    ("prompt", "num_tokens", "message"),
+    [
+        (np.zeros((1, 0)), 1, r"prompt must have shape \[B, T\] with at least one token, got \[1, 0\]"),
+        (np.zeros(3), 1, r"prompt must have shape \[B, T\] with at least one token, got \[3\]"),
+        (PROMPT, 0, "num_tokens must be at least 1, got 0"),
+    ],
+)
+def test_what_can_not_be_continued(lm, prompt, num_tokens, message):
+    with pytest.raises(ValueError, match=message):
+        generate(lm, prompt, num_tokens)

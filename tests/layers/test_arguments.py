@@ -1,0 +1,64 @@
+"""Settings that don't fit are named, and parameters say what their axes are."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from gsa_jax.layers import MIXERS, RMSNorm, SwiGLU
+from gsa_jax.layers.rotary import rotate
+from tests.layers.cases import HIDDEN, VARIANTS
+
+AXES = {"embed", "heads", "mlp", "vocab", None}
+
+
+@pytest.mark.parametrize(
+    ("mixer", "settings", "message"),
+    [
+        ("gsa", {"num_heads": 3}, "expand_k .* hidden_size=16, expand_k=1.0, heads=3"),
+        ("gla", {"expand_v": 0.1}, "expand_v .* hidden_size=16, expand_v=0.1, heads=4"),
+        ("softmax", {"num_heads": 5}, "number of heads, got hidden_size=16"),
+        ("gsa", {"num_kv_heads": 3}, "num_heads must be a multiple of num_kv_heads, got 4 and 3"),
+        ("retention", {"num_kv_heads": 8}, "num_heads must be a multiple of num_kv_heads, got 4 and 8"),
+        ("gsa", {"feature_map": "swich"}, "feature_map must be one of swish, relu, elu1, identity, got 'swich'"),
+        ("linear", {"feature_map": "x"}, "feature_map must be one of"),
+        ("hgrn2", {"expand_ratio": 5}, "hidden_size must be a multiple of expand_ratio, got 16, 5"),
+        ("softmax", {"num_heads": 2, "window": 0}, "window must be at least 1, got 0"),
+    ],
+)
+def test_settings_that_do_not_fit(mixer, settings, message):
+    with pytest.raises(ValueError, match=message):
+        MIXERS[mixer](HIDDEN, MIXERS[mixer].Config(**settings), rngs=nnx.Rngs(0))
+
+
+def test_rotary_needs_pairs():
+    with pytest.raises(ValueError, match="even head size, got 5"):
+        rotate(jnp.ones((1, 1, 1, 5)), jnp.zeros((1, 1)))
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_configs_are_frozen_and_have_defaults(mixer):
+    config = MIXERS[mixer].Config()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.num_heads = 1
+    hash(config)
+    nnx.eval_shape(lambda: MIXERS[mixer](256, rngs=nnx.Rngs(0)))
+
+
+@pytest.mark.parametrize("name", [*VARIANTS, "mlp", "norm"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=lambda dtype: dtype.__name__)
+def test_parameters_are_float32_and_name_their_axes(name, dtype):
+    others = {"mlp": SwiGLU, "norm": RMSNorm}
+    if name in others:
+        layer = nnx.eval_shape(lambda: others[name](HIDDEN, dtype=dtype, rngs=nnx.Rngs(0)))
+    else:
+        layer = VARIANTS[name].build(dtype=dtype)
+    parameters = jax.tree.leaves(nnx.state(layer), is_leaf=lambda node: isinstance(node, nnx.Variable))
+    assert parameters
+    for parameter in parameters:
+        assert isinstance(parameter, nnx.Param)
+        assert parameter.dtype == jnp.float32
+        axes = parameter.get_metadata()["axes"]
+        assert len(axes) == parameter.ndim and set(axes) <= AXES

@@ -1,0 +1,151 @@
+"""The language model: depth, state, documents, gradients."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from gsa_jax.layers import lower_bounds
+from gsa_jax.models import LanguageModel
+from tests.helpers import rel_err
+from tests.layers.definitions import rms_norm
+from tests.models.cases import HYBRIDS, PATTERNS, VOCABULARY, compiled, config, model, token_ids
+
+LENGTH = 12
+TOLERANCE = 2e-5
+
+
+@compiled
+def run(model, tokens, state=None, segment_ids=None):
+    return model(tokens, state, segment_ids)
+
+
+@compiled
+def step(model, tokens, state):
+    """`step` token by token inside one scan: (logits, state)."""
+    state, logits = jax.lax.scan(lambda state, token: model.step(token, state)[::-1], state, tokens.T)
+    return logits.swapaxes(0, 1), state
+
+
+@compiled
+def loss_and_gradients(model, tokens):
+    definition, parameters = nnx.split(model)
+
+    def loss(parameters):
+        logits, _ = nnx.merge(definition, parameters)(tokens[:, :-1])
+        return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, 1:, None], axis=-1))
+
+    return jax.value_and_grad(loss)(parameters)
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_gradients_reach_every_parameter(name):
+    _, gradients = loss_and_gradients(model(config(PATTERNS[name])), token_ids(LENGTH))
+    for path, gradient in jax.tree.leaves_with_path(gradients):
+        where = jax.tree_util.keystr(path)
+        layers = gradient if "blocks" in where else gradient[None]
+        for layer in layers:
+            assert jnp.isfinite(layer).all() and jnp.any(layer != 0), where
+
+
+@pytest.mark.parametrize("name", HYBRIDS)
+@pytest.mark.parametrize("settings", [{}, {"mlp_size": 0, "tie_embeddings": True}], ids=["plain", "tied-no-mlp"])
+def test_the_scan_over_depth_is_block_after_block(name, settings):
+    lm, tokens = model(config(PATTERNS[name], **settings)), token_ids(LENGTH)
+
+    @compiled
+    def blocks_in_turn(lm, tokens):
+        x, mixers = lm.embedding(tokens), lm.config.mixers
+        bounds = lower_bounds(lm.lower_bounds[...]) if "hgrn2" in mixers else None
+        for layer in range(lm.config.num_layers):
+            repeat, i = divmod(layer, len(mixers))
+            definition, stacked = nnx.split(lm.blocks[i])
+            block = nnx.merge(definition, jax.tree.map(lambda p, repeat=repeat: p[repeat], stacked))
+            y, _ = block.mixer(block.mixer_norm(x), **({"lower_bound": bounds[layer]} if mixers[i] == "hgrn2" else {}))
+            x = x + y
+            if lm.config.mlp_size:
+                x = x + block.mlp(block.mlp_norm(x))
+        return x
+
+    x = np.asarray(blocks_in_turn(lm, tokens), np.float64)
+    hidden = rms_norm(x, {"scale": np.asarray(lm.norm.scale)})
+    tied = lm.config.tie_embeddings
+    assert hasattr(lm, "head") is not tied
+    head = lm.embedding.embedding.T if tied else lm.head.kernel[...]
+    logits, _ = run(lm, tokens)
+    assert logits.shape == (2, LENGTH, VOCABULARY) and logits.dtype == jnp.float32
+    assert rel_err(logits, hidden @ np.asarray(head, np.float64)) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_a_sequence_may_be_split_and_taken_token_by_token(name):
+    lm, tokens = model(config(PATTERNS[name])), token_ids(LENGTH)
+    logits, _ = run(lm, tokens)
+    for state in (None, lm.init_state(2, LENGTH)):
+        first, state = run(lm, tokens[:, :5], state)
+        second, state = run(lm, tokens[:, 5:], state)
+        assert rel_err(jnp.concatenate([first, second], axis=1), logits) < TOLERANCE
+    stepped, stepped_state = step(lm, tokens, lm.init_state(2, LENGTH))
+    assert rel_err(stepped, logits) < TOLERANCE
+    for result, reference in zip(jax.tree.leaves(stepped_state), jax.tree.leaves(state), strict=True):
+        assert rel_err(result, reference) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_packed_documents_are_run_alone(name):
+    lm, tokens = model(config(PATTERNS[name])), token_ids(LENGTH)
+    ids = jnp.asarray([[3] * 5 + [4] * 7, [1] * 5 + [0] * 7])
+    logits, state = run(lm, tokens, segment_ids=ids)
+    first, _ = run(lm, tokens[:, :5])
+    second, state_alone = run(lm, tokens[:, 5:])
+    assert rel_err(logits, jnp.concatenate([first, second], axis=1)) < TOLERANCE
+    after, after_alone = (run(lm, token_ids(5, seed=1), state)[0] for state in (state, state_alone))
+    assert rel_err(after, after_alone) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_reset_rows_begin_anew(name):
+    lm, tokens = model(config(PATTERNS[name])), token_ids(LENGTH)
+    empty = lm.init_state(2, LENGTH)
+    whole, _ = run(lm, tokens, empty)
+    _, state = run(lm, tokens[:, :5], empty)
+    logits, _ = run(lm, tokens[:, 5:], lm.reset_state(state, empty, jnp.asarray([False, True])))
+    assert rel_err(logits[0], whole[0, 5:]) < TOLERANCE
+    assert rel_err(logits[1], run(lm, tokens[:, 5:], empty)[0][1]) < TOLERANCE
+
+
+def test_remat_changes_nothing():
+    settings, tokens = config(("hgrn2", "softmax")), token_ids(LENGTH)
+    results = {}
+    for remat in ("none", "dots", "full"):
+        results[remat] = loss_and_gradients(model(dataclasses.replace(settings, remat=remat)), tokens)
+    for remat in ("dots", "full"):
+        for result, reference in zip(*map(jax.tree.leaves, (results[remat], results["none"])), strict=True):
+            assert rel_err(result, reference) < TOLERANCE
+
+
+def test_remat_saves_less():
+    saved = {}
+    for remat in ("none", "dots", "full"):
+        lm = model(config(("softmax",), remat=remat, num_layers=8))
+        _, pullback = jax.eval_shape(lambda lm=lm: jax.vjp(lambda lm: lm(token_ids(LENGTH))[0], lm))
+        saved[remat] = sum(x.size for x in jax.tree.leaves(pullback))
+    assert saved["full"] < saved["dots"] < saved["none"]
+
+
+def test_bfloat16():
+    settings, tokens = config(("gsa", "softmax")), token_ids(LENGTH)
+    logits, _ = run(model(settings, dtype=jnp.bfloat16), tokens)
+    assert logits.dtype == jnp.float32
+    assert rel_err(logits, run(model(settings), tokens)[0]) < 5e-2
+
+
+def test_a_new_model_predicts_about_uniformly():
+    lm = LanguageModel(config(("gsa",), hidden_size=64, tie_embeddings=True), rngs=nnx.Rngs(0))
+    loss, _ = loss_and_gradients(lm, token_ids(LENGTH))
+    assert loss == pytest.approx(np.log(VOCABULARY), rel=0.1)
+    first, second = (lm.blocks[0].mixer.out.kernel[i] for i in range(2))
+    assert not np.array_equal(first, second)  # each layer has its own draw
