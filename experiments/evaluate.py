@@ -8,7 +8,7 @@ result is also broken down by the position in the document: does the model hold 
 """
 
 import dataclasses
-import functools
+import itertools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ import numpy as np
 import tyro
 from flax import nnx
 from jax import lax
-from tqdm import tqdm
+from rich.progress import track
 
 from experiments.command_line import user_errors
 from gsa_jax.training import ConfigError, load_model
@@ -71,21 +71,17 @@ def evaluate(model, batches, arguments: Arguments) -> np.ndarray:
     empty = model.init_state(arguments.batch_size, arguments.cache)
     definition, parameters = nnx.split(model)
     sums, state = np.zeros((33, 3)), empty
-    progress = tqdm(batches, unit=" batches", total=arguments.max_batches)
-    for number, batch in enumerate(progress, 1):
+    batches = itertools.islice(batches, arguments.max_batches)
+    for batch in track(batches, "evaluating", total=arguments.max_batches):
         nats, state = token_losses(definition, parameters, state, empty, batch)
         real = batch["segment_ids"] > 0
         bucket = np.ceil(np.log2(batch["positions"][real] + 1)).astype(int)
         columns = (np.asarray(nats)[real], np.ones(real.sum()), batch["target_bytes"][real])
         sums += np.stack([np.bincount(bucket, column, minlength=len(sums)) for column in columns], axis=1)
-        total_nats, _, total_bytes = sums.sum(axis=0)
-        progress.set_postfix_str(f"{total_nats / np.log(2) / max(total_bytes, 1):.3f} bits per byte")
-        if number == arguments.max_batches:
-            break
     return sums
 
 
-@functools.partial(jax.jit, donate_argnames="state")
+@jax.jit
 def token_losses(definition, parameters, state, empty, batch):
     """Every token's loss in nats, [B, T] float32, and the state after the window."""
     model = nnx.merge(definition, parameters)

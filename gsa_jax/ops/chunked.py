@@ -175,7 +175,7 @@ def _tiling(length, chunk_size):
     on_cpu = jax.default_backend() == "cpu"
     chunk_size = chunk_size or min(32 if on_cpu else 128, 1 << (length - 1).bit_length())
     num_chunks = -(-length // chunk_size)
-    num_spans = -(-num_chunks * chunk_size // 256) if on_cpu else 1
+    num_spans = -(-num_chunks * chunk_size // 128) if on_cpu else 1
     return chunk_size, -(-num_chunks // num_spans) * chunk_size
 
 

@@ -8,7 +8,7 @@ from jax import lax
 
 
 def dot(x, y, *, out_dtype=jnp.float32):
-    """x @ y as `jnp.matmul`, with float32 sums and a float32 result (float64 for float64 factors) or one of `out_dtype`.
+    """x @ y as `jnp.matmul`, with float32 sums (float64 for float64 factors); the result is float32 or of `out_dtype`.
 
     float32 factors are multiplied exactly on every platform. bfloat16 and float16 factors are multiplied as they are,
     in the backward pass too: there the cotangent is rounded to their dtype, where plain autodiff would multiply in

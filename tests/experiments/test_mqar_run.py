@@ -1,5 +1,6 @@
 """The MQAR experiment as a whole, at a size that trains in seconds."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import matplotlib.image
 import numpy as np
 import pytest
+import tyro
 
 from experiments.mqar.__main__ import main
 from experiments.mqar.config import Config
@@ -27,8 +29,8 @@ TINY = Config(
     batch_size=64,
     steps_a_test=15,
     num_slots=8,
-    train_examples=1000,
-    test_examples=100,
+    train_examples=1024,
+    test_examples=128,
 )
 
 
@@ -42,17 +44,19 @@ def run_command(*arguments):
     )
 
 
-def tiny_models(**settings):
-    config = Config(**{**vars(TINY), **settings}).resolved()
+@pytest.fixture(scope="module")
+def softmax_model():
+    """The tiny setting, a model that compiles fast, and its examples."""
+    config = dataclasses.replace(TINY, conv_size=0).resolved()
     task = (config.length, config.num_pairs, config.vocab_size)
     sets = make_examples(0, config.train_examples, *task), make_examples(1, config.test_examples, *task)
-    return config, make_functions(config.model(config.mixers[0], config.hidden_sizes[0])), *sets
+    return config, make_functions(config.model("softmax", 16)), *sets
 
 
 def test_the_command_trains_and_leaves_results_and_a_plot(tmp_path):
     out = tmp_path / "runs" / "mqar"
-    sizes = "--length 8 --num-pairs 2 --vocab-size 32 --hidden-sizes 16 --num-slots 8 --train-examples 1000"
-    steps = "--test-examples 100 --epochs 2 --batch-size 64 --steps-a-test 15"
+    sizes = "--length 8 --num-pairs 2 --vocab-size 32 --hidden-sizes 16 --num-slots 8 --train-examples 1024"
+    steps = "--test-examples 128 --conv-size 0 --epochs 2 --batch-size 64 --steps-a-test 15"
     process = run_command(*sizes.split(), *steps.split(), "--learning-rates", "1e-2", "1e-4", "--out", out)
     assert process.returncode == 0, process.stderr
     assert "[2/2] gsa, width 16, learning rate 0.0001" in process.stdout
@@ -73,8 +77,7 @@ def test_the_command_trains_and_leaves_results_and_a_plot(tmp_path):
 @pytest.mark.parametrize("protocol", ["small", "figure"])
 @pytest.mark.parametrize("width", [64, 512])
 def test_every_mixer_is_made_at_the_figure_widths(mixer, protocol, width):
-    config = Config(protocol=protocol).resolved()
-    model = config.model(mixer, width)
+    model = Config(protocol=protocol).resolved().model(mixer, width)
     make_functions(model)
     assert (model.num_layers, model.mlp_size, model.tie_embeddings, model.vocab_size) == (2, 0, True, 8192)
 
@@ -110,21 +113,22 @@ def test_right_answers_by_hand():
     assert num_right(logits, jnp.array([[0, 1], [0, 0]])) == 0
 
 
-def test_accuracy_is_the_share_of_all_queries():
+def test_accuracy_is_the_share_of_all_queries(softmax_model):
     """Also when the batch size does not divide the examples."""
-    _, functions, examples, _ = tiny_models(train_examples=10)
+    _, functions, _, _ = softmax_model
+    examples = make_examples(0, 10, 8, 2, 32)
     answers = iter([np.int32(4), np.int32(5), np.int32(1)])
     hand_made = functions._replace(count_right=lambda params, batch: next(answers))
     assert accuracy(hand_made, None, examples, 4) == 10 / 20
 
 
 @pytest.mark.parametrize("rate, solved, ended", [(1e-2, 0.0, "above"), (1e30, 0.99, "loss not finite")])
-def test_training_stops_early(monkeypatch, rate, solved, ended):
+def test_training_stops_early(monkeypatch, softmax_model, rate, solved, ended):
     monkeypatch.setattr("experiments.mqar.train.SOLVED", solved)
     monkeypatch.setattr("experiments.mqar.report.SOLVED", solved)
-    config, *rest = tiny_models()
-    reports = list(train(*rest, config, rate))
-    run = summarize({"mixer": "gsa", "hidden_size": 16, "learning_rate": rate}, reports)
+    config, functions, train_set, test_set = softmax_model
+    reports = list(train(functions, train_set, test_set, config, rate))
+    run = summarize({"mixer": "softmax", "hidden_size": 16, "learning_rate": rate}, reports)
     assert run["ended"].startswith(ended) and run["steps"] <= 30
     json.dumps(run, allow_nan=False)
     plot({"runs": [run], "settings": vars(config)})
@@ -165,22 +169,24 @@ def test_the_best_run_of_a_mixer_and_width_counts():
 def test_bad_settings_exit_with_2_and_a_message(tmp_path, capsys, settings, message):
     out = tmp_path / "out"
     with pytest.raises(SystemExit) as exit_:
-        main(Config(**{**vars(TINY), "out": out, **settings}))
+        main(dataclasses.replace(TINY, out=out, **settings))
     assert exit_.value.code == 2
     assert message in capsys.readouterr().err
     assert not out.exists()
 
 
-def test_an_unknown_mixer_on_the_command_line_lists_the_known_ones(tmp_path):
-    process = run_command("--mixers", "nope", "--out", tmp_path / "out")
-    assert process.returncode == 2
-    assert all(mixer in process.stderr + process.stdout for mixer in MIXERS)
+def test_an_unknown_mixer_on_the_command_line_lists_the_known_ones(tmp_path, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        tyro.cli(Config, args=["--mixers", "nope", "--out", str(tmp_path / "out")])
+    assert exit_.value.code == 2
+    message = "".join(capsys.readouterr())
+    assert all(mixer in message for mixer in MIXERS)
 
 
 def test_an_existing_folder_is_left_as_it_is(tmp_path, capsys):
     (tmp_path / "results.json").write_text("precious")
     with pytest.raises(SystemExit) as exit_:
-        main(Config(**{**vars(TINY), "out": tmp_path}))
+        main(dataclasses.replace(TINY, out=tmp_path))
     assert exit_.value.code == 2
     assert "exists" in capsys.readouterr().err
     assert (tmp_path / "results.json").read_text() == "precious"

@@ -7,7 +7,8 @@ import pytest
 
 from gsa_jax.generation import SamplingConfig, generate, stream
 from gsa_jax.models import LanguageModel
-from tests.models.cases import PATTERNS, VOCABULARY, compiled, config, model, token_ids
+from tests.layers.cases import compiled
+from tests.models.cases import PAIRS, VOCABULARY, config, model, token_ids
 
 PROMPT = token_ids(5)
 NUM_TOKENS = 7
@@ -20,9 +21,9 @@ def lm():
     return model(config(("gsa", "softmax")))
 
 
-@pytest.mark.parametrize("name", PATTERNS)
+@pytest.mark.parametrize("name", PAIRS)
 def test_greedy_tokens_are_the_most_likely_of_the_whole_sequence(name):
-    lm = model(config(PATTERNS[name]))
+    lm = model(config(PAIRS[name]))
     tokens = generate(lm, PROMPT, NUM_TOKENS, sampling=GREEDY)
     assert tokens.shape == (2, NUM_TOKENS) and tokens.dtype == jnp.int32
     logits, _ = compiled(lambda lm, tokens: lm(tokens))(lm, jnp.concatenate([PROMPT, tokens], axis=1))
@@ -83,3 +84,8 @@ def test_the_decode_loop_compiles_once_and_its_memory_stays(monkeypatch):
 def test_what_can_not_be_continued(lm, prompt, num_tokens, message):
     with pytest.raises(ValueError, match=message):
         generate(lm, prompt, num_tokens)
+
+
+def test_blocks_have_at_least_one_token(lm):
+    with pytest.raises(ValueError, match="block_size must be at least 1, got 0"):
+        next(stream(lm, PROMPT, NUM_TOKENS, block_size=0))

@@ -41,6 +41,11 @@ def test_top_p_keeps_the_fewest_that_hold_p(logits, p):
     assert_keeps(keep_top_p(jnp.asarray(logits), p), logits, order[: np.argmax(held > p) + 1])
 
 
+def test_a_top_p_of_one_keeps_all():
+    logits = np.asarray([20, 0, 0, -1, 3, 4, -20], np.float32)
+    assert_keeps(keep_top_p(jnp.asarray(logits), 1.0), logits, range(SIZE))
+
+
 def test_ties_with_the_last_one_kept_are_kept():
     logits = np.asarray([1, 0, 2, 1, 0, 0, 1], np.float32)
     assert_keeps(keep_top_k(jnp.asarray(logits), 2), logits, [0, 2, 3, 6])

@@ -19,6 +19,7 @@ from gsa_jax.layers import (
 )
 from tests.ops.cases import QUICK_COMPILE
 
+compiled = functools.partial(jax.jit, compiler_options=QUICK_COMPILE)
 HIDDEN = 16
 GROUPED = {"num_heads": 4, "num_kv_heads": 2}
 TOLERANCE = 2e-5
@@ -77,17 +78,17 @@ class Layer:
         definition, self.parameters = nnx.split(self.module)
         inputs = dict(self.variant.inputs)
 
-        @functools.partial(jax.jit, compiler_options=QUICK_COMPILE)
+        @compiled
         def call(parameters, x, state, segment_ids):
             return nnx.merge(definition, parameters)(x, state, segment_ids, **inputs)
 
-        @functools.partial(jax.jit, compiler_options=QUICK_COMPILE)
+        @compiled
         def call_with_gradient(parameters, x, cotangent, state, segment_ids):
             module = nnx.merge(definition, parameters)
             y, pullback, state = jax.vjp(lambda x: module(x, state, segment_ids, **inputs), x, has_aux=True)
             return y, state, pullback(cotangent)[0]
 
-        @functools.partial(jax.jit, compiler_options=QUICK_COMPILE)
+        @compiled
         def steps(parameters, x, state):
             def step(state, token):
                 return nnx.merge(definition, parameters).step(token, state, **inputs)[::-1]

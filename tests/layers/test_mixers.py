@@ -104,6 +104,14 @@ def test_packed_documents_are_run_alone(layer):
             assert rel_err(y_after[row], y_alone[i, place.stop : place.stop + 5]) < TOLERANCE
 
 
+def test_large_inputs_stay_finite(layer):
+    """They close gates and saturate the softmax."""
+    x, cotangent = tokens(LENGTH, batch_size=6), tokens(LENGTH, batch_size=6, seed=1)
+    y, state, gradient = layer.with_gradient(1000 * x, cotangent)
+    for result in (y, gradient, *jax.tree.leaves(state)):
+        assert np.isfinite(result).all()
+
+
 @pytest.mark.parametrize("name", MIXERS)
 def test_bfloat16(name):
     layer, x = Layer(name, dtype=jnp.bfloat16), tokens(LENGTH).astype(jnp.bfloat16)

@@ -1,14 +1,11 @@
 """Small models, compiled for tests."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from gsa_jax.layers import (
-    MIXERS,
     GatedLinearAttentionConfig,
     GatedSlotAttentionConfig,
     HGRN2Config,
@@ -17,13 +14,15 @@ from gsa_jax.layers import (
     SoftmaxAttentionConfig,
 )
 from gsa_jax.models import LanguageModel, ModelConfig
-from tests.ops.cases import QUICK_COMPILE
 
-compiled = functools.partial(jax.jit, compiler_options=QUICK_COMPILE)
 VOCABULARY = 41
-HYBRIDS = {"gsa-softmax": ("gsa", "softmax"), "hgrn2-gsa": ("hgrn2", "gsa"), "retention-abc": ("retention", "abc")}
-PATTERNS = {mixer: (mixer,) for mixer in MIXERS} | HYBRIDS
-"""Mixers by the names of the tests' models: each alone, and pairs."""
+PAIRS = {
+    "gsa-softmax": ("gsa", "softmax"),
+    "hgrn2-gsa": ("hgrn2", "gsa"),
+    "retention-abc": ("retention", "abc"),
+    "linear-gla": ("linear", "gla"),
+}
+"""The mixers of the tests' models, by name; together they have every mixer."""
 
 
 def config(mixers, **settings):

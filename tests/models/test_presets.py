@@ -9,7 +9,7 @@ from flax import nnx
 
 from gsa_jax.layers import MIXERS
 from gsa_jax.models import PRESETS, ModelConfig, abstract_model, count_parameters, preset
-from tests.models.cases import PATTERNS, config
+from tests.models.cases import PAIRS, config
 
 SIZES = {"340m": (1024, 24, 4), "1.3b": (2048, 24, 4), "2.7b": (2560, 32, 5)}
 """Hidden size, layers, heads of GSA and GLA."""
@@ -73,15 +73,19 @@ def test_counting_allocates_nothing():
     assert all(isinstance(x, jax.ShapeDtypeStruct) for x in leaves)
 
 
-@pytest.mark.parametrize("name", PATTERNS)
+@pytest.mark.parametrize("name", PAIRS)
 def test_counts_are_those_of_the_arrays(name):
-    small = config(PATTERNS[name], mlp_size=0)
+    small = config(PAIRS[name], mlp_size=0)
     leaves = jax.tree.leaves(nnx.state(abstract_model(small)))
     assert count_parameters(small)[0] == sum(x.size for x in leaves)
-    tied = config(PATTERNS[name], tie_embeddings=True)
+    tied = config(PAIRS[name], tie_embeddings=True)
     table = tied.vocab_size * tied.hidden_size
-    untied = count_parameters(config(PATTERNS[name]))
+    untied = count_parameters(config(PAIRS[name]))
     assert count_parameters(tied) == (untied[0] - table, untied[1])
+
+
+def test_every_mixer_is_in_a_pair():
+    assert {mixer for pair in PAIRS.values() for mixer in pair} == set(MIXERS)
 
 
 def test_unknown_names_list_the_known_ones():

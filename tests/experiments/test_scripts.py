@@ -1,0 +1,37 @@
+"""The scripts' answers to mistakes, and the bigram model."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from experiments.bigram import bigram_bits_per_byte
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["language_model", "--preset", "gsa-9b"], "--preset gsa-9b: unknown, expected one of tiny"),
+        (["language_model", "--data", "/nowhere.txt"], "/nowhere.txt"),
+        (["language_model", "--mesh.data", "2"], "mesh: data=2"),
+        (["language_model", "--resume"], "there is no run to resume"),
+        (["language_model", "--model.mixers", "gsa", "slots"], "mixers must be among gsa"),
+        (["generate", "/nowhere"], "/nowhere"),
+        (["evaluate", "/nowhere"], "/nowhere"),
+    ],
+)
+def test_mistakes_end_in_one_line_and_exit_code_2(arguments, message, tmp_path):
+    command = [sys.executable, "-m", f"experiments.{arguments[0]}", *arguments[1:]]
+    finished = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert finished.returncode == 2, finished.stderr
+    assert message in finished.stderr
+    assert "Traceback" not in finished.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_bigram_against_a_count_by_hand():
+    train, held_out = ["aab", "b"], ["ab"]
+    start_a, a_b = (1 + 1) / (2 + 256), (1 + 1) / (2 + 256)
+    expected = -(np.log2(start_a) + np.log2(a_b)) / 2
+    assert bigram_bits_per_byte(train, held_out) == pytest.approx(expected)
