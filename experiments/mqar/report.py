@@ -95,17 +95,17 @@ def write_results(out: Path, results: dict[str, Any]) -> None:
 def plot(results: dict[str, Any]) -> matplotlib.figure.Figure:
     """Accuracy over steps of the best runs (the others faint), and over the width if there are several."""
     widths = sorted({run["hidden_size"] for run in results["runs"]})
-    figure = matplotlib.figure.Figure(figsize=(11 if len(widths) > 1 else 7, 4.2), layout="constrained")
+    figure = matplotlib.figure.Figure(figsize=(11 if len(widths) > 1 else 7, 4.8), layout="constrained")
     panels = figure.subplots(1, 2 if len(widths) > 1 else 1, sharey=True, squeeze=False)[0]
     _plot_steps(panels[0], results["runs"], widths)
     if len(widths) > 1:
         _plot_widths(panels[1], results["runs"], widths)
     for axes in panels:
-        axes.axhline(SOLVED, color="gray", linewidth=0.8, linestyle=(0, (1, 3)))
+        axes.axhline(SOLVED, color="gray", linewidth=0.8, linestyle=(0, (1, 3)), label=f"{SOLVED}: training stops")
         axes.set_ylim(-0.02, 1.02)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=8)
+        axes.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2)
     panels[0].set_ylabel("test accuracy")
     settings = results["settings"]
     figure.suptitle(f"MQAR, length {settings['length']}, {settings['num_pairs']} pairs, 2 layers")

@@ -179,7 +179,7 @@ def recipe(name: str) -> TrainConfig:
     size, _ = count_parameters(model)
     if size < 1e8:
         optimizer = OptimizerConfig(learning_rate=3e-3, warmup_steps=50)
-        return TrainConfig(model, optimizer=optimizer, run_dir=f"runs/{name}", steps=600, eval_batches=32)
+        return TrainConfig(model, optimizer=optimizer, run_dir=f"runs/{name}", steps=800, batch_size=8, eval_batches=32)
     large = size > 1e9
     return TrainConfig(
         model,

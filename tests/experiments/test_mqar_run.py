@@ -148,8 +148,8 @@ def test_the_best_run_of_a_mixer_and_width_counts():
     assert best_runs(runs) == runs[1:]
     figure = plot({"runs": runs, "settings": vars(TINY)})
     steps, widths = figure.axes
-    assert [text.get_text() for text in widths.get_legend().get_texts()] == ["gsa", "gla"]
-    assert len(steps.get_legend().get_texts()) == 3
+    assert [text.get_text() for text in widths.get_legend().get_texts()] == ["gsa", "gla", "0.99: training stops"]
+    assert len(steps.get_legend().get_texts()) == 4
 
 
 @pytest.mark.parametrize(
