@@ -35,6 +35,8 @@ def stream(model, prompt, num_tokens, *, sampling=None, key=None, block_size=Non
     sampling = SamplingConfig() if sampling is None else sampling
     key = jax.random.key(0) if key is None else key
     block_size = num_tokens if block_size is None else block_size
+    if block_size < 1:
+        raise ValueError(f"block_size must be at least 1, got {block_size}")
     definition, parameters = nnx.split(model)
 
     max_length = prompt.shape[1] + num_tokens

@@ -49,5 +49,6 @@ def keep_top_p(logits, p):
     descending = jnp.sort(logits, axis=-1, descending=True)
     probability = jax.nn.softmax(descending, axis=-1)
     needed = jnp.cumsum(probability, axis=-1) - probability < p
+    needed |= p >= 1  # where float32 sums may reach 1 before the last token
     smallest_kept = jnp.min(jnp.where(needed, descending, jnp.inf), axis=-1, keepdims=True)
     return jnp.where(logits < smallest_kept, -jnp.inf, logits)

@@ -52,7 +52,9 @@ class HGRN2(Mixer):
     def __call__(self, x, state=None, segment_ids=None, *, lower_bound=0.0):
         """As every mixer; `lower_bound` [D] of the forget gate, in [0, 1), from `lower_bounds`."""
         logits = self.forget(x)
-        log_forget = jnp.log(lower_bound + (1 - lower_bound) * nnx.sigmoid(logits))
+        bounded = jnp.greater(lower_bound, 0)  # log_sigmoid alone is exact and differentiable for closed gates
+        forget = jnp.where(bounded, lower_bound + (1 - lower_bound) * nnx.sigmoid(logits), 1)
+        log_forget = jnp.where(bounded, jnp.log(forget), jax.nn.log_sigmoid(logits))
         key = (1 - lower_bound) * nnx.sigmoid(-logits)
         q = jax.nn.swish(self.q(x))
         out, state = gated_linear_attention(
@@ -80,5 +82,5 @@ class HGRN2(Mixer):
 def lower_bounds(logits):
     """The layers' lower bounds of the forget gate from learned logits [L, D]: 0 in the first layer, growing with depth
     (HGRN, arXiv 2311.04823, section 3.2): a cumulative softmax over the layers less its first row."""
-    bounds = jnp.cumsum(jax.nn.softmax(logits, axis=0), axis=0)
-    return bounds - bounds[0]
+    shares = jax.nn.softmax(logits, axis=0)[1:]
+    return jnp.pad(jnp.cumsum(shares, axis=0), ((1, 0), (0, 0)))

@@ -92,7 +92,8 @@ class SoftmaxAttention(Mixer):
         cached, length = cache.keys.shape[1], document.shape[1]
         key_index = jnp.arange(cached + length)
         distance = cached + jnp.arange(length)[:, None] - key_index
-        visible = (distance >= 0) & (distance < (self.config.window or cached + length))
+        limits = [limit for limit in (self.config.window, cache.max_length) if limit is not None]
+        visible = (distance >= 0) & (distance < min([cached + length, *limits]))
         in_use = key_index >= cached - cache.length[:, None]
         key_document = jnp.pad(document, ((0, 0), (cached, 0)))
         return visible & in_use[:, None] & (key_document[:, None] == document[:, :, None])

@@ -104,6 +104,7 @@ def _presets():
         hidden_size=128,
         num_layers=4,
         tie_embeddings=True,
+        remat="dots",
         gsa=GatedSlotAttentionConfig(num_heads=2, num_slots=32),
         abc=GatedSlotAttentionConfig(num_heads=2, num_slots=32),
         gla=GatedLinearAttentionConfig(num_heads=2),

@@ -32,6 +32,8 @@ Batch = dict[str, np.ndarray]
 _READ_THREADS = 4
 _DOCUMENTS_AHEAD = 8
 _BATCHES_AHEAD = 2
+_ROWS_SHUFFLED = 1024
+"""Rows among which the order is random: neighbours in a long document don't land in one batch."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +99,7 @@ def training_batches(
     ahead = min(_DOCUMENTS_AHEAD, len(documents))  # a corpus of one long text need not be in memory many times
     documents = documents.repeat(num_epochs).map(functools.partial(_training_document, tokenizer))
     rows = _pack(documents, length, _TRAINING_FIELDS, ahead=ahead)
+    rows = grain.experimental.WindowShuffleIterDataset(rows, window_size=_ROWS_SHUFFLED, seed=seed)
     return iter(_read_ahead(_batch(rows, batch_size)))
 
 
@@ -109,7 +112,7 @@ def validation_batches(
     shard_count: int = 1,
     corpus: Corpus | None = None,
 ) -> grain.DatasetIterator[Batch]:
-    """One pass over the validation split in a fixed order, every document once, the last batch padded with empty rows.
+    """One pass over the validation split in a fixed random order, every document once, the last batch padded with empty rows.
 
     All shards get the same number of batches: each packs the whole split and takes its part of every global batch. The
     arguments and errors are those of `training_batches`.
@@ -117,6 +120,7 @@ def validation_batches(
     _check_arguments(batch_size=batch_size, length=length, shard_index=shard_index, shard_count=shard_count)
     documents = _evaluation_documents(config, corpus or config.open("validation"))
     rows = _pack(documents, length, _EVALUATION_FIELDS)
+    rows = grain.experimental.WindowShuffleIterDataset(rows, window_size=_ROWS_SHUFFLED, seed=0)
     shard = slice(shard_index * batch_size, (shard_index + 1) * batch_size)
     batches = _batch(rows, batch_size * shard_count)
     return iter(_read_ahead(batches.map(lambda batch: {name: values[shard] for name, values in batch.items()})))
