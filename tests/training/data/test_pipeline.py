@@ -14,6 +14,7 @@ from gsa_jax.training.data import (
     DataConfig,
     DataError,
     evaluation_stream,
+    pipeline,
     training_batches,
     validation_batches,
 )
@@ -31,6 +32,12 @@ def make_config(directory, texts, **options) -> DataConfig:
 @pytest.fixture
 def config(tmp_path):
     return make_config(tmp_path, TEXTS)
+
+
+@pytest.fixture
+def rows_in_order(monkeypatch):
+    """Rows as they are packed, so that documents can be read off them; a test below checks the shuffle."""
+    monkeypatch.setattr(pipeline, "_ROWS_SHUFFLED", 1)
 
 
 def check_layout(batch, batch_size, length):
@@ -83,7 +90,8 @@ def assert_same(actual, expected):
     length=st.integers(1, 20),
 )
 def test_packing_is_lossless(texts, batch_size, length):
-    with tempfile.TemporaryDirectory() as directory:
+    with tempfile.TemporaryDirectory() as directory, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "_ROWS_SHUFFLED", 1)
         config = make_config(directory, [*texts, "x" * length])
         batches = list(training_batches(config, batch_size=batch_size, length=length, seed=0, num_epochs=1))
         streamed = list(evaluation_stream(config, batch_size=batch_size, length=length))
@@ -95,14 +103,14 @@ def test_packing_is_lossless(texts, batch_size, length):
     assert sorted(texts_of(batches)) == sorted([*texts, "x" * length])
 
 
-def test_each_epoch_has_an_order_of_its_own(config):
+def test_each_epoch_has_an_order_of_its_own(config, rows_in_order):
     order = texts_of(training_batches(config, batch_size=2, length=16, seed=3, num_epochs=2))
     first, second = order[: len(TEXTS)], order[len(TEXTS) :]
     assert sorted(first) == sorted(second) == sorted(TEXTS)
     assert first != second and first != TEXTS
 
 
-def test_a_seed_fixes_the_order(config):
+def test_a_seed_fixes_the_order(config, rows_in_order):
     def run(seed):
         return list(training_batches(config, batch_size=2, length=32, seed=seed, num_epochs=1))
 
@@ -111,11 +119,24 @@ def test_a_seed_fixes_the_order(config):
 
 
 @pytest.mark.parametrize("shard_count", [2, 3])
-def test_shards_are_disjoint_and_complete(config, shard_count):
+def test_shards_are_disjoint_and_complete(config, shard_count, rows_in_order):
     options = {"batch_size": 2, "length": 16, "seed": 1, "num_epochs": 2, "shard_count": shard_count}
     shards = [texts_of(training_batches(config, shard_index=i, **options)) for i in range(shard_count)]
     assert sorted(sum(shards, [])) == sorted(TEXTS * 2)
     assert sorted(sum((shard[: len(shard) // 2] for shard in shards), [])) == sorted(TEXTS), "one epoch is a partition"
+
+
+@pytest.mark.parametrize("make", [training_batches, validation_batches])
+def test_rows_are_shuffled(config, monkeypatch, make):
+    options = {"batch_size": 1, "length": 8, "corpus": config.open("all")}
+    options |= {"seed": 0, "num_epochs": 1} if make is training_batches else {}
+
+    def rows():
+        return [tuple(batch["inputs"][0]) for batch in make(config, **options)]
+
+    shuffled = rows()
+    monkeypatch.setattr(pipeline, "_ROWS_SHUFFLED", 1)
+    assert sorted(shuffled) == sorted(rows()) and shuffled != rows()
 
 
 def test_training_goes_on_for_ever_by_default(config):
@@ -149,7 +170,7 @@ def test_resuming_anywhere_gives_the_same_rest(tmp_path, make, texts):
         assert_same(list(restored), expected[done:])
 
 
-def test_validation_is_one_pass_in_order_with_every_byte_counted(tmp_path):
+def test_validation_is_one_pass_in_order_with_every_byte_counted(tmp_path, rows_in_order):
     config = make_config(tmp_path, [f"{text} ü" for text in TEXTS], validation_fraction=0.4)
     held_out = list(config.open("validation"))
     batches = list(validation_batches(config, batch_size=3, length=16))
@@ -241,7 +262,7 @@ def test_arguments_are_checked(config):
         evaluation_stream(DataConfig(path="nowhere"), batch_size=1, length=8)
 
 
-def test_a_bad_line_stops_with_its_own_message_or_is_skipped_and_counted(tmp_path):
+def test_a_bad_line_stops_with_its_own_message_or_is_skipped_and_counted(tmp_path, rows_in_order):
     path = Path(make_config(tmp_path, TEXTS).path)
     path.write_text(path.read_text() + '{"text": \n')
     config = DataConfig(path=str(path), validation_fraction=0.0)
