@@ -112,7 +112,7 @@ def validation_batches(
     shard_count: int = 1,
     corpus: Corpus | None = None,
 ) -> grain.DatasetIterator[Batch]:
-    """One pass over the validation split in a fixed random order, every document once, the last batch padded with empty rows.
+    """One pass over the validation split, rows in a fixed random order, the last batch padded with empty rows.
 
     All shards get the same number of batches: each packs the whole split and takes its part of every global batch. The
     arguments and errors are those of `training_batches`.
