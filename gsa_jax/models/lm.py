@@ -59,7 +59,7 @@ class LanguageModel(nnx.Module):
         self.blocks = nnx.List([self._stack(mixer, rngs) for mixer in config.mixers])
         if "hgrn2" in config.mixers:
             shape = (config.num_layers, config.hidden_size)
-            self.lower_bounds = nnx.Param(jnp.zeros(shape, jnp.float32), axes=(None, "heads"))
+            self.lower_bounds = nnx.Param(jnp.zeros(shape, jnp.float32), axes=("heads",))
         self.norm = RMSNorm(config.hidden_size, epsilon=config.norm_epsilon, dtype=dtype, rngs=rngs)
         if not config.tie_embeddings:
             self.head = linear(config.hidden_size, config.vocab_size, ("embed", "vocab"), dtype=dtype, rngs=rngs)
