@@ -127,7 +127,15 @@ def test_sigterm_saves_and_ends_the_run_cleanly(folder, finished, monkeypatch):
         np.testing.assert_array_equal(mine, other)
 
 
-def test_the_second_signal_acts_as_always():
+@pytest.fixture
+def default_interrupt():
+    """SIGINT raises KeyboardInterrupt, also where the tests were started with SIGINT ignored, as background jobs are."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_the_second_signal_acts_as_always(default_interrupt):
     before = signal.getsignal(signal.SIGINT)
     with loop._stop_signals() as signals:
         os.kill(os.getpid(), signal.SIGINT)
