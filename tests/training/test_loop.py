@@ -129,7 +129,7 @@ def test_sigterm_saves_and_ends_the_run_cleanly(folder, finished, monkeypatch):
 
 @pytest.fixture
 def default_interrupt():
-    """SIGINT raises KeyboardInterrupt, also where the tests were started with SIGINT ignored, as background jobs are."""
+    """SIGINT raises KeyboardInterrupt, also where the tests were started with SIGINT ignored, as in the background."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
