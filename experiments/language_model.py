@@ -1,6 +1,6 @@
 """Trains a language model.
 
-    python -m experiments.language_model                                           # bytes, 5 minutes on 2 CPU cores
+    python -m experiments.language_model                                           # bytes, some minutes on 2 CPU cores
     python -m experiments.language_model --preset gsa-340m --data "corpus/*.jsonl" --data.tokenizer tokenizer.json
     python -m experiments.language_model --resume                                  # goes on after an interruption
 
