@@ -5,11 +5,8 @@ a table with ratios to the scan. Times are medians; each is of several calls bac
 """
 
 import dataclasses
-import datetime
 import functools
 import json
-import platform
-import shlex
 import statistics
 import sys
 import time
@@ -18,13 +15,13 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-import jaxlib
 import tyro
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
 from experiments.benchmarks.shapes import CPU_SHAPES, GPU_SHAPES, QUICK_SHAPES, SHAPES, make_inputs
+from experiments.provenance import provenance
 from gsa_jax.ops import gated_linear_attention, gated_slot_attention
 
 OPS = {"gsa": gated_slot_attention, "gla": gated_linear_attention}
@@ -71,13 +68,7 @@ def main(config: Config) -> dict:
             for implementation in config.implementations:
                 status.update(f"{name}, {implementation}")
                 rows.append(time_shape(name, implementation, dtype, config))
-    result = {
-        "device": device_name(),
-        "versions": {"jax": jax.__version__, "jaxlib": jaxlib.__version__, "python": platform.python_version()},
-        "command": shlex.join(["python", "-m", "experiments.benchmarks.ops", *sys.argv[1:]]),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "rows": rows,
-    }
+    result = provenance("experiments.benchmarks.ops") | {"rows": rows}
     console.print(as_table(result))
     if config.out:
         config.out.parent.mkdir(parents=True, exist_ok=True)
@@ -173,17 +164,6 @@ def draw(result, path):
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     plt.close(figure)
-
-
-def device_name():
-    """The accelerator's name, or the CPU's with its number of cores."""
-    device = jax.devices()[0]
-    if device.platform != "cpu":
-        return f"{jax.device_count()} x {device.device_kind}"
-    information = Path("/proc/cpuinfo")
-    lines = information.read_text().splitlines() if information.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.machine()}, {len(names) or 1} cores"
 
 
 if __name__ == "__main__":

@@ -1,22 +1,16 @@
 """Multi-query associative recall: `python -m experiments.mqar`."""
 
 import dataclasses
-import datetime
 import itertools
-import platform
-import shlex
-import sys
 from typing import Any
 
-import jax
-import jaxlib
 import tyro
 
-from experiments.benchmarks.ops import device_name
 from experiments.command_line import user_errors
 from experiments.mqar.config import Config
 from experiments.mqar.report import Display, best_runs, duration, summarize, write_results
 from experiments.mqar.train import make_examples, make_functions, train
+from experiments.provenance import provenance
 from gsa_jax.models import count_parameters
 
 
@@ -33,7 +27,7 @@ def main(config: Config) -> dict[str, Any]:
             raise ValueError(f"out: {config.out} exists and is left as it is, expected a new folder")
         config.out.mkdir(parents=True)
 
-    results = {"settings": dataclasses.asdict(config), **describe(), "runs": []}
+    results = {"settings": dataclasses.asdict(config), **provenance("experiments.mqar"), "runs": []}
     total = len(models) * len(config.learning_rates)
     with Display() as display:
         for key, rate in itertools.product(models, config.learning_rates):
@@ -60,16 +54,6 @@ def main(config: Config) -> dict[str, Any]:
 def name(mixer: str, hidden_size: int, learning_rate: float) -> str:
     """A training for people."""
     return f"{mixer}, width {hidden_size}, learning rate {learning_rate:.2g}"
-
-
-def describe() -> dict[str, Any]:
-    """Where and when this runs."""
-    return {
-        "device": device_name(),
-        "versions": {"jax": jax.__version__, "jaxlib": jaxlib.__version__, "python": platform.python_version()},
-        "command": shlex.join(["python", "-m", "experiments.mqar", *sys.argv[1:]]),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }
 
 
 if __name__ == "__main__":
