@@ -26,6 +26,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from gsa_jax.ops.dot import dot
@@ -68,18 +69,52 @@ def gated_linear_attention(q, k, v, log_decay, *, scale, initial_state, chunk_si
 
 
 def chunk_decays(log_decay):
-    """`Decays` of log_decay [..., C, M], by doubling: the sums over a block come from those over its halves."""
+    """`Decays` of log_decay [..., C, M]."""
+    log_decays = _sums_by_doubling if jax.default_backend() == "cpu" else _sums_by_products
+    return jax.tree.map(jnp.exp, log_decays(log_decay))
+
+
+def _sums_by_doubling(log_decay):
+    """The logarithms of `Decays`: the sums over a block come from those over its halves."""
     since_start, until_end = log_decay, jnp.zeros_like(log_decay)
     halves, half = [], 1
     while half < log_decay.shape[-2]:
         (earlier_since, since), (until, later_until) = _halves(since_start, half), _halves(until_end, half)
-        halves.append((jnp.exp(since), jnp.exp(until)))
+        halves.append((since, until))
         since_start = _join(earlier_since, since + earlier_since[..., -1:, :])
         until_end = _join(until + since[..., -1:, :], later_until)
         # A kernel a level: XLA would fuse them all, and compute each level's sums again for every level above it.
         since_start, until_end = lax.optimization_barrier((since_start, until_end))
         half *= 2
-    return Decays(halves, jnp.exp(since_start), jnp.exp(until_end))
+    return Decays(halves, since_start, until_end)
+
+
+def _sums_by_products(log_decay):
+    """The logarithms of `Decays`: every sum a product with a triangle of ones, for matrix units."""
+    log_decay = jnp.maximum(log_decay, -1000.0)  # exp(-1000) = 0, while 0 * -inf in a product would be NaN
+    halves, half = [], 1
+    while half < log_decay.shape[-2]:
+        earlier, later = _halves(log_decay, half)
+        halves.append((_masked_sums(_up_to(half), later), _masked_sums(_after(half), earlier)))
+        half *= 2
+    return Decays(halves, _masked_sums(_up_to(half), log_decay), _masked_sums(_after(half), log_decay))
+
+
+def _up_to(size):
+    return np.tril(np.ones((size, size), np.float32))
+
+
+def _after(size):
+    return np.triu(np.ones((size, size), np.float32), 1)
+
+
+def _masked_sums(mask, x):
+    """Σ_j mask_ij x_j, [..., C, M]; for a few rows as additions, else as a product that keeps float32's precision."""
+    if len(mask) < 8:
+        zero = jnp.zeros_like(x[..., 0, :])
+        return jnp.stack([sum((x[..., j, :] for j in np.flatnonzero(row)), zero) for row in mask], axis=-2)
+    mask = jnp.broadcast_to(mask.astype(x.dtype), (*x.shape[:-2], *mask.shape))
+    return jnp.matmul(mask, x, precision=lax.Precision.HIGHEST)
 
 
 def write_chunks(states, decays, write, written):

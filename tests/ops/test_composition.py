@@ -20,6 +20,7 @@ from tests.ops.cases import (
     expected,
     make_case,
     outputs_and_gradients,
+    slot_attention,
 )
 
 SIZES = Sizes(B=2, T=20, H=4, G=2, K=6, V=6, M=5)
@@ -116,10 +117,10 @@ def test_no_nan(op):
             assert all(np.isfinite(x).all() for x in jax.tree.leaves(gradient(arrays))), gates
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda dtype: dtype.__name__)
 @pytest.mark.parametrize("op", OPS)
-def test_as_on_an_accelerator(op, monkeypatch):
-    """The whole sequence as one span, as `chunked.py` cuts it where the backend is not a CPU."""
-    arrays, cotangents = make_case(op, Sizes(1, 300, 2, 1, 6, 5, 4), gates="runs of -20 and -1000")
+def test_as_on_an_accelerator(op, dtype, monkeypatch):
+    """The whole sequence as one span, and sums of log decays as products, as where the backend is not a CPU."""
 
     @quick_jit
     def run(arrays, cotangents):
@@ -129,5 +130,10 @@ def test_as_on_an_accelerator(op, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(jax, "default_backend", lambda: "tpu")
         assert chunked._tiling(300, None) == (128, 384)
-        lowered = run.lower(arrays, cotangents)
-    assert_all_close(lowered.compile()(arrays, cotangents), expected(op, arrays, cotangents), TOLERANCE[jnp.float32])
+        arrays, cotangents = make_case(op, Sizes(1, 300, 2, 1, 6, 5, 4), dtype=dtype, write=op is slot_attention)
+        compiled = run.lower(arrays, cotangents).compile()
+    for gates in GATES:
+        arrays, cotangents = make_case(
+            op, Sizes(1, 300, 2, 1, 6, 5, 4), gates=gates, dtype=dtype, write=op is slot_attention
+        )
+        assert_all_close(compiled(arrays, cotangents), expected(op, arrays, cotangents), TOLERANCE[dtype], gates)
