@@ -23,6 +23,7 @@ from jax import lax
 from rich.progress import track
 
 from experiments.command_line import user_errors
+from gsa_jax.layers.checks import check_numbers
 from gsa_jax.training import ConfigError, load_model
 from gsa_jax.training.data import evaluation_stream
 
@@ -45,6 +46,9 @@ class Arguments:
     """tokens that softmax attention remembers, if the model has any"""
     out: Path | None = None
     """where to save the numbers (.json) and the plot beside them (.png); RUN/evaluation.json by default"""
+
+    def __post_init__(self):
+        check_numbers(self)
 
 
 def main(arguments: Arguments) -> None:

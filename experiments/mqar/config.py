@@ -16,6 +16,7 @@ from gsa_jax.layers import (
     RetentionConfig,
     SoftmaxAttentionConfig,
 )
+from gsa_jax.layers.checks import check_numbers
 from gsa_jax.models import ModelConfig
 
 
@@ -74,6 +75,7 @@ class Config:
         return config
 
     def _check(self) -> None:
+        check_numbers(self, "conv_size", "seed")
         for name in ("mixers", "hidden_sizes", "learning_rates"):
             if not getattr(self, name):
                 raise ValueError(f"{name}: there is none, expected at least one")
@@ -81,12 +83,6 @@ class Config:
             unit = 2 * num_heads(size)
             if size < unit or size % unit:
                 raise ValueError(f"hidden_sizes: {size} must be a multiple of {unit}, twice the number of its heads")
-        counts = ("epochs", "batch_size", "steps_a_test", "num_slots", "train_examples", "test_examples")
-        for name in counts:
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
-        if self.conv_size < 0:
-            raise ValueError(f"conv_size is {self.conv_size}: it must be at least 0")
         for rate in self.learning_rates:
             if not 0 < rate < np.inf:
                 raise ValueError(f"learning_rates: {rate} is not a positive number")

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from gsa_jax.layers.checks import check_numbers
 from gsa_jax.layers.linear import linear
 from gsa_jax.layers.mixer import Mixer, merge_heads
 from gsa_jax.layers.norm import RMSNorm
@@ -21,6 +22,9 @@ class HGRN2Config:
     norm_epsilon: float = 1e-5
     """epsilon of the output norm"""
 
+    def __post_init__(self):
+        check_numbers(self)
+
 
 class HGRN2(Mixer):
     """HGRN2 (arXiv 2404.07904, section 3.2): the key is what the forget gate leaves free.
@@ -35,7 +39,7 @@ class HGRN2(Mixer):
 
     def __init__(self, hidden_size, config=None, *, implementation=None, dtype=jnp.float32, rngs):
         config = self.Config() if config is None else config
-        if hidden_size % config.expand_ratio:
+        if hidden_size < 1 or hidden_size % config.expand_ratio:
             raise ValueError(
                 f"hidden_size must be a multiple of expand_ratio, got {hidden_size}, {config.expand_ratio}"
             )

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from gsa_jax.layers.checks import check_numbers
 from gsa_jax.layers.feature_maps import feature_map
 from gsa_jax.layers.linear import linear
 from gsa_jax.layers.mixer import HeadProjections, Mixer, head_size, merge_heads
@@ -99,6 +100,9 @@ class GatedLinearAttentionConfig:
     norm_epsilon: float = 1e-5
     """epsilon of the per-head output norm"""
 
+    def __post_init__(self):
+        check_numbers(self, "conv_size")
+
 
 class GatedLinearAttention(LinearAttentionLayer):
     """Gated linear attention (arXiv 2312.06635, section 4.4): a data-dependent gate for every row of the state.
@@ -145,6 +149,9 @@ class LinearAttentionConfig:
     """taps of the short convolutions of q, k and v; 0 leaves them out"""
     norm_epsilon: float = 1e-5
     """epsilon of the per-head output norm"""
+
+    def __post_init__(self):
+        check_numbers(self, "conv_size")
 
 
 class LinearAttention(LinearAttentionLayer):

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 
+from gsa_jax.layers.checks import check_numbers
 from gsa_jax.layers.linear_attention import LinearAttentionLayer
 from gsa_jax.layers.rotary import rotate
 
@@ -26,6 +27,9 @@ class RetentionConfig:
     """taps of the short convolutions of q, k and v; 0 leaves them out"""
     norm_epsilon: float = 1e-5
     """epsilon of the per-head output norm"""
+
+    def __post_init__(self):
+        check_numbers(self, "conv_size")
 
 
 class Retention(LinearAttentionLayer):

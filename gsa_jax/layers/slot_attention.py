@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from gsa_jax.layers.checks import check_numbers
 from gsa_jax.layers.feature_maps import feature_map
 from gsa_jax.layers.linear import linear
 from gsa_jax.layers.mixer import HeadProjections, Mixer, head_size, merge_heads
@@ -35,6 +36,9 @@ class GatedSlotAttentionConfig:
     """taps of the short convolutions of q, k and v; 0 leaves them out"""
     norm_epsilon: float = 1e-5
     """epsilon of the output norm"""
+
+    def __post_init__(self):
+        check_numbers(self, "conv_size")
 
 
 class SlotAttentionState(NamedTuple):

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from gsa_jax.layers.checks import check_numbers
 from gsa_jax.layers.linear import linear
 from gsa_jax.layers.mixer import HeadProjections, Mixer, head_size, merge_heads
 from gsa_jax.layers.rotary import rotate
@@ -26,6 +27,9 @@ class SoftmaxAttentionConfig:
     """base of the rotary embedding"""
     conv_size: int = 0
     """taps of the short convolutions of q, k and v; 0 leaves them out"""
+
+    def __post_init__(self):
+        check_numbers(self, "conv_size")
 
 
 @struct.dataclass
@@ -58,8 +62,6 @@ class SoftmaxAttention(Mixer):
         config = self.Config() if config is None else config
         num_kv_heads = config.num_kv_heads or config.num_heads
         size = head_size(hidden_size, 1, config.num_heads, "1")
-        if config.window is not None and config.window < 1:
-            raise ValueError(f"window must be at least 1, got {config.window}")
         self.config = config
         self.dtype = dtype
         self.cache_shape = (num_kv_heads, size)

@@ -14,6 +14,7 @@ from gsa_jax.layers import (
     SoftmaxAttentionConfig,
     swiglu_size,
 )
+from gsa_jax.layers.checks import check_numbers
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class ModelConfig:
     """softmax attention with rotary embedding"""
 
     def __post_init__(self):
+        check_numbers(self, "mlp_size")
         for name in self.mixers:
             if name not in MIXERS:
                 raise ValueError(f"mixers must be among {', '.join(MIXERS)}, got {name!r}")
@@ -66,9 +68,8 @@ class ModelConfig:
                 f"num_layers must be a multiple of the number of mixers in the repeated pattern, "
                 f"got num_layers={self.num_layers}, mixers={self.mixers}"
             )
-        for name in ("vocab_size", "hidden_size", "num_layers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.remat not in ("none", "dots", "full"):
+            raise ValueError(f"remat must be one of none, dots, full, got {self.remat!r}")
 
     @property
     def resolved_mlp_size(self):

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from gsa_jax.layers.checks import check_numbers
 from gsa_jax.models import ModelConfig, count_parameters, preset
 from gsa_jax.training.data import DataConfig
 
@@ -49,6 +50,9 @@ class MeshConfig:
     """parts of the heads, of the MLP and of the vocabulary"""
     context: int = 1
     """parts of the sequence"""
+
+    def __post_init__(self):
+        check_numbers(self)
 
 
 @dataclass(frozen=True)

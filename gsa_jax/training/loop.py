@@ -238,6 +238,8 @@ def _stop_signals() -> Iterator[list[str]]:
 
 
 def _check_sizes(config: TrainConfig) -> None:
+    """Raises where sizes don't fit each other, also those inside the model, which building its structure finds."""
+    abstract_model(config.model)
     tokenizer = load_tokenizer(config.data.tokenizer)
     if tokenizer.vocab_size > config.model.vocab_size:
         raise ConfigError(

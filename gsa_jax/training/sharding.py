@@ -28,7 +28,7 @@ def make_mesh(config: MeshConfig) -> Mesh:
     """
     sizes = tuple(getattr(config, name) for name in MESH_AXES)
     devices = jax.devices()
-    if min(sizes) < 1 or math.prod(sizes) not in (1, len(devices)):
+    if math.prod(sizes) not in (1, len(devices)):
         named = ", ".join(f"{name}={size}" for name, size in zip(MESH_AXES, sizes, strict=True))
         raise ConfigError(
             f"mesh: {named} make {math.prod(sizes)} devices, expected {len(devices)}, which is what there is, or 1"

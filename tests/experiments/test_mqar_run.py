@@ -162,9 +162,9 @@ def test_the_best_run_of_a_mixer_and_width_counts():
         (dict(hidden_sizes=(0,)), "hidden_sizes: 0"),
         (dict(hidden_sizes=(16, 386)), "hidden_sizes: 386 must be a multiple of 6"),
         (dict(learning_rates=(-1.0,)), "learning_rates"),
-        (dict(conv_size=-1), "conv_size is -1"),
-        (dict(batch_size=0), "batch_size is 0"),
-        (dict(test_examples=0), "test_examples is 0"),
+        (dict(conv_size=-1), "conv_size must be at least 0, got -1"),
+        (dict(batch_size=0), "batch_size must be at least 1, got 0"),
+        (dict(test_examples=0), "test_examples must be at least 1, got 0"),
     ],
 )
 def test_bad_settings_exit_with_2_and_a_message(tmp_path, capsys, settings, message):

@@ -15,10 +15,15 @@ from experiments.bigram import bigram_bits_per_byte
         (["language_model", "--preset", "gsa-9b"], "--preset gsa-9b: unknown, expected one of tiny"),
         (["language_model", "--data", "/nowhere.txt"], "/nowhere.txt"),
         (["language_model", "--mesh.data", "2"], "mesh: data=2"),
+        (["language_model", "--mesh.data", "0"], "data must be at least 1, got 0"),
+        (["language_model", "--model.gsa.num-kv-heads", "-2"], "num_kv_heads must be at least 1, got -2"),
+        (["language_model", "--model.gsa.num-heads", "3"], "heads=3"),
         (["language_model", "--resume"], "there is no run to resume"),
         (["language_model", "--model.mixers", "gsa", "slots"], "mixers must be among gsa"),
         (["generate", "/nowhere"], "/nowhere"),
         (["evaluate", "/nowhere"], "/nowhere"),
+        (["evaluate", "/nowhere", "--max-batches", "0"], "max_batches must be at least 1, got 0"),
+        (["mqar", "--vocab-size", "0"], "vocab_size must be at least 1, got 0"),
     ],
 )
 def test_mistakes_end_in_one_line_and_exit_code_2(arguments, message, tmp_path):

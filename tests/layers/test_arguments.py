@@ -26,11 +26,30 @@ AXES = {"embed", "heads", "mlp", "vocab", None}
         ("linear", {"feature_map": "x"}, "feature_map must be one of"),
         ("hgrn2", {"expand_ratio": 5}, "hidden_size must be a multiple of expand_ratio, got 16, 5"),
         ("softmax", {"num_heads": 2, "window": 0}, "window must be at least 1, got 0"),
+        ("gsa", {"damping": 0}, "damping must be positive and finite, got 0"),
+        ("gsa", {"damping": float("nan")}, "damping must be positive and finite, got nan"),
+        ("linear", {"expand_k": -0.5}, "expand_k must be positive and finite, got -0.5"),
     ],
 )
 def test_settings_that_do_not_fit(mixer, settings, message):
     with pytest.raises(ValueError, match=message):
         MIXERS[mixer](HIDDEN, MIXERS[mixer].Config(**settings), rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_every_number_of_a_config_is_checked(mixer):
+    """The convolution may be left out; all else is at least 1, or positive."""
+    for field in dataclasses.fields(MIXERS[mixer].Config):
+        if field.type is not str:
+            for value in (-1, 0)[: 1 if field.name == "conv_size" else 2]:
+                with pytest.raises(ValueError, match=f"{field.name} must be .*, got {value}"):
+                    MIXERS[mixer].Config(**{field.name: value})
+
+
+@pytest.mark.parametrize("hidden_size", [0, -128])
+def test_hgrn2_needs_a_head(hidden_size):
+    with pytest.raises(ValueError, match=f"hidden_size must be a multiple of expand_ratio, got {hidden_size}, 128"):
+        MIXERS["hgrn2"](hidden_size, rngs=nnx.Rngs(0))
 
 
 def test_rotary_needs_pairs():

@@ -105,6 +105,9 @@ def test_unknown_names_list_the_known_ones():
         ({"vocab_size": 0}, "vocab_size must be at least 1, got 0"),
         ({"hidden_size": -1}, "hidden_size must be at least 1, got -1"),
         ({"num_layers": 0}, "num_layers must be at least 1, got 0"),
+        ({"mlp_size": -1}, "mlp_size must be at least 0, got -1"),
+        ({"norm_epsilon": 0.0}, "norm_epsilon must be positive and finite, got 0.0"),
+        ({"remat": "dot"}, "remat must be one of none, dots, full, got 'dot'"),
     ],
 )
 def test_sizes_that_do_not_fit(settings, message):

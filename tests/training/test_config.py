@@ -60,6 +60,11 @@ def test_settings_that_do_not_fit_are_refused(changes, message):
         TrainConfig(preset("tiny"), **changes)
 
 
+def test_a_mesh_axis_has_at_least_one_device():
+    with pytest.raises(ValueError, match="fsdp must be at least 1, got 0"):
+        MeshConfig(fsdp=0)
+
+
 @pytest.mark.parametrize(
     ("name", "tokens", "warmup"),
     [
