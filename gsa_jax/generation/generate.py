@@ -4,10 +4,14 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
 
 from gsa_jax.generation.sampling import SamplingConfig, sample
+
+CACHE_UNIT = 256
+"""Softmax attention's caches hold a multiple of so many tokens."""
 
 
 def generate(model, prompt, num_tokens, *, sampling=None, key=None):
@@ -22,14 +26,15 @@ def stream(model, prompt, num_tokens, *, sampling=None, key=None, block_size=Non
     """Yields the tokens of `generate` in blocks [B, up to block_size], as they are drawn; by default all in one block.
 
     Every block is one call of a jitted loop, so memory is constant and the device works ahead of the host. The tokens
-    do not depend on `block_size`.
+    do not depend on `block_size`. With a `block_size`, other `num_tokens` compile nothing new, unless a model with
+    softmax attention needs a longer cache (see `CACHE_UNIT`): the last block is drawn in full and cut.
 
     Raises:
-      ValueError: the prompt is empty or not [B, T], or `num_tokens` is less than 1.
+      ValueError: the prompt is empty, not [B, T] or holds ids that are no tokens of the model, or `num_tokens` is less
+        than 1.
     """
+    _check_prompt(prompt, model.config.vocab_size)
     prompt = jnp.asarray(prompt, jnp.int32)
-    if prompt.ndim != 2 or 0 in prompt.shape:
-        raise ValueError(f"prompt must have shape [B, T] with at least one token, got {list(prompt.shape)}")
     if num_tokens < 1:
         raise ValueError(f"num_tokens must be at least 1, got {num_tokens}")
     sampling = SamplingConfig() if sampling is None else sampling
@@ -39,12 +44,23 @@ def stream(model, prompt, num_tokens, *, sampling=None, key=None, block_size=Non
         raise ValueError(f"block_size must be at least 1, got {block_size}")
     definition, parameters = nnx.split(model)
 
-    max_length = prompt.shape[1] + num_tokens
+    units = -(-(prompt.shape[1] + num_tokens) // CACHE_UNIT)
+    max_length = units * CACHE_UNIT if "softmax" in model.config.mixers else None
     carry = _prefill(definition, parameters, prompt, key, sampling=sampling, max_length=max_length)
     for start in range(0, num_tokens, block_size):
-        length = min(block_size, num_tokens - start)
-        carry, tokens = _decode(definition, parameters, carry, sampling=sampling, num_tokens=length)
-        yield tokens
+        carry, tokens = _decode(definition, parameters, carry, sampling=sampling, num_tokens=block_size)
+        yield tokens[:, : num_tokens - start]
+
+
+def _check_prompt(prompt, vocab_size):
+    """Raises unless `prompt` is [B, T] and, where its values are known, holds token ids."""
+    if np.ndim(prompt) != 2 or 0 in np.shape(prompt):
+        raise ValueError(f"prompt must have shape [B, T] with at least one token, got {list(np.shape(prompt))}")
+    if isinstance(prompt, jax.core.Tracer):
+        return
+    for token in (np.min(prompt), np.max(prompt)):
+        if not 0 <= token < vocab_size:
+            raise ValueError(f"prompt must hold token ids from 0 to {vocab_size - 1}, got {token}")
 
 
 @functools.partial(jax.jit, static_argnames=("sampling", "max_length"))

@@ -73,12 +73,40 @@ def test_the_decode_loop_compiles_once_and_its_memory_stays(monkeypatch):
     assert bytes_alive[:3] == bytes_alive[:1] * 3
 
 
+@pytest.mark.parametrize(("mixers", "with_a_longer_cache"), [(("gsa",), 1), (("gsa", "softmax"), 2)], ids=str)
+def test_another_number_of_tokens_compiles_nothing_that_a_longer_cache_does_not_need(
+    monkeypatch, mixers, with_a_longer_cache
+):
+    """A prefill's trace is a call of `init_state`, that of a decode loop a call of `step`."""
+    lm, traces = model(config(mixers, vocab_size=44)), {"init_state": 0, "step": 0}
+
+    def count(name, traced):
+        def counted(*arguments):
+            traces[name] += 1
+            return traced(*arguments)
+
+        monkeypatch.setattr(LanguageModel, name, counted)
+
+    for name in traces:
+        count(name, getattr(LanguageModel, name))
+    next(stream(lm, PROMPT, 3, block_size=4))
+    first = dict(traces)
+    for num_tokens in (6, 251):
+        next(stream(lm, PROMPT, num_tokens, block_size=4))
+    assert traces == first
+    next(stream(lm, PROMPT, 252, block_size=4))
+    assert traces == {name: with_a_longer_cache * calls for name, calls in first.items()}
+
+
 @pytest.mark.parametrize(
     ("prompt", "num_tokens", "message"),
     [
         (np.zeros((1, 0)), 1, r"prompt must have shape \[B, T\] with at least one token, got \[1, 0\]"),
         (np.zeros(3), 1, r"prompt must have shape \[B, T\] with at least one token, got \[3\]"),
         (PROMPT, 0, "num_tokens must be at least 1, got 0"),
+        ([[0, VOCABULARY]], 1, "prompt must hold token ids from 0 to 40, got 41"),
+        (jnp.asarray([[3], [-1]]), 1, "prompt must hold token ids from 0 to 40, got -1"),
+        (np.asarray([[2**32 + 1]]), 1, "prompt must hold token ids from 0 to 40, got 4294967297"),
     ],
 )
 def test_what_can_not_be_continued(lm, prompt, num_tokens, message):
