@@ -2,31 +2,31 @@
 
 import numpy as np
 
-START = 256
-"""What stands before a document's first byte."""
-MAX_BYTES = 64 * 2**20
-"""Text that is enough to fit 257 x 257 numbers."""
+from gsa_jax.training.data import ByteTokenizer
+
+ENOUGH = 64 * 2**20
+"""Tokens that are enough to fit 257 x 257 numbers."""
 
 
-def bigram_bits_per_byte(train, held_out, *, max_bytes=MAX_BYTES):
-    """Bits per byte of `held_out` under a byte bigram model of `train`, both iterables of documents (str).
+def bigram_bits_per_byte(train, held_out):
+    """Bits per byte of `held_out` under a bigram model of `train`: batches of `gsa_jax.training.data` of byte tokens.
 
-    P(b | a) = (count(a, b) + 1) / (count(a) + 256), counted over the first `max_bytes` bytes of each.
+    P(b | a) = (count(a, b) + 1) / (count(a) + 257), counted over the first `ENOUGH` tokens of `train`. As for any other
+    model the separators that end documents cost bits and are no bytes.
     """
-    counts = _pair_counts(train, max_bytes)
-    log_probability = np.log2((counts + 1) / (counts.sum(axis=1, keepdims=True) + 256))
-    pairs = _pair_counts(held_out, max_bytes)
-    return float(-(pairs * log_probability).sum() / pairs.sum())
+    counts = _pair_counts(train, ENOUGH)
+    log_probability = np.log2((counts + 1) / (counts.sum(axis=1, keepdims=True) + len(counts)))
+    pairs = _pair_counts(held_out)
+    return float(-(pairs * log_probability).sum() / pairs[:, : ByteTokenizer.separator].sum())
 
 
-def _pair_counts(documents, max_bytes):
-    """How often byte b follows a, [257, 256]; row `START` counts the documents' first bytes."""
-    counts, num_bytes = np.zeros((START + 1, 256)), 0
-    for document in documents:
-        if num_bytes >= max_bytes:
+def _pair_counts(batches, enough=np.inf):
+    """How often token b follows a, [257, 257]; stops at the batch that makes `enough`."""
+    size = ByteTokenizer.vocab_size
+    counts = np.zeros((size, size))
+    for batch in batches:
+        pairs = size * batch["inputs"] + batch["targets"]
+        counts += np.bincount(pairs[batch["segment_ids"] > 0], minlength=size**2).reshape(size, size)
+        if counts.sum() >= enough:
             break
-        text = np.frombuffer(document.encode(), np.uint8).astype(np.int64)
-        before = np.concatenate([[START], text[:-1]])[: len(text)]
-        counts += np.bincount(before * 256 + text, minlength=counts.size).reshape(counts.shape)
-        num_bytes += len(text)
     return counts

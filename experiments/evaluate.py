@@ -23,6 +23,7 @@ from jax import lax
 from rich.progress import track
 
 from experiments.command_line import user_errors
+from experiments.provenance import provenance
 from gsa_jax.layers.checks import check_numbers
 from gsa_jax.training import ConfigError, load_model
 from gsa_jax.training.data import evaluation_stream
@@ -63,7 +64,7 @@ def main(arguments: Arguments) -> None:
     batches = evaluation_stream(data, batch_size=arguments.batch_size, length=length, corpus=corpus)
     sums = evaluate(model, batches, arguments)
     results = summarize(sums) | {"run": str(arguments.run), "step": step, "data": data.path, "split": split}
-    results |= {"trained_at_length": config.length, "window": length}
+    results |= {"trained_at_length": config.length, "window": length, **provenance("experiments.evaluate")}
     print_table(results)
     out.write_text(json.dumps(results, indent=2) + "\n")
     plot(results, out.with_suffix(".png"))

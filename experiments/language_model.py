@@ -5,10 +5,11 @@
     python -m experiments.language_model --resume                                  # goes on after an interruption
 
 The run's folder gets the settings, checkpoints, metrics.jsonl, TensorBoard curves and a plot. At the end the script
-prints the validation bits per byte beside those of a byte bigram model, and a sample.
+prints the validation bits per byte, for byte tokens beside those of a bigram model on the same tokens, and a sample.
 """
 
 import argparse
+import itertools
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +23,8 @@ from experiments.bigram import bigram_bits_per_byte
 from experiments.command_line import user_errors
 from gsa_jax.generation import generate
 from gsa_jax.models import PRESETS
-from gsa_jax.training import ConfigError, TrainConfig, TrainSummary, load_model, recipe, train
-from gsa_jax.training.data import load_tokenizer
+from gsa_jax.training import ConfigError, TrainConfig, TrainSummary, load_model, plot_curves, recipe, train
+from gsa_jax.training.data import load_tokenizer, training_batches, validation_batches
 
 
 @dataclass(frozen=True)
@@ -55,11 +56,23 @@ def main(arguments: Arguments) -> None:
 
 
 def report(config: TrainConfig, summary: TrainSummary) -> None:
-    """Prints the validation bits per byte beside those of the byte bigram model."""
-    bigram = bigram_bits_per_byte(config.data.open("train"), config.data.open("validation"))
+    """Prints the validation bits per byte, for byte tokens beside those of a bigram model, and adds it to the plot."""
     print(f"\nvalidation bits per byte: {summary.metrics['validation_bits_per_byte']:.3f}")
-    print(f"  a byte bigram model's:  {bigram:.3f}")
+    if config.data.tokenizer == "byte":
+        bigram = bigram_baseline(config)
+        print(f"  a byte bigram model's:  {bigram:.3f}, on the same tokens")
+        plot_curves(summary.run_dir, references={"byte bigram model": bigram})
     print(f"curve, metrics and checkpoints: {summary.run_dir}/")
+
+
+def bigram_baseline(config: TrainConfig) -> float:
+    """Bits per byte of a bigram model of the training split on the batches that the run is evaluated on."""
+    train = training_batches(
+        config.data, batch_size=config.batch_size, length=config.length, seed=config.seed, num_epochs=1
+    )
+    rows = config.batch_size // config.accumulation
+    held_out = validation_batches(config.data, batch_size=rows, length=config.length)
+    return bigram_bits_per_byte(train, itertools.islice(held_out, config.eval_batches))
 
 
 def sample(run_dir: Path, prompt: str, num_tokens: int = 300) -> str:

@@ -1,12 +1,9 @@
-"""The scripts' answers to mistakes, and the bigram model."""
+"""The scripts' answers to mistakes."""
 
 import subprocess
 import sys
 
-import numpy as np
 import pytest
-
-from experiments.bigram import bigram_bits_per_byte
 
 
 @pytest.mark.parametrize(
@@ -33,10 +30,3 @@ def test_mistakes_end_in_one_line_and_exit_code_2(arguments, message, tmp_path):
     assert message in finished.stderr
     assert "Traceback" not in finished.stderr
     assert not (tmp_path / "runs").exists()
-
-
-def test_bigram_against_a_count_by_hand():
-    train, held_out = ["aab", "b"], ["ab"]
-    start_a, a_b = (1 + 1) / (2 + 256), (1 + 1) / (2 + 256)
-    expected = -(np.log2(start_a) + np.log2(a_b)) / 2
-    assert bigram_bits_per_byte(train, held_out) == pytest.approx(expected)
