@@ -8,10 +8,11 @@ import tyro
 
 from experiments.command_line import user_errors
 from experiments.mqar.config import Config
-from experiments.mqar.report import Display, best_runs, duration, summarize, write_results
+from experiments.mqar.report import best_runs, describe, summarize, write_results
 from experiments.mqar.train import make_examples, make_functions, train
 from experiments.provenance import provenance
 from gsa_jax.models import count_parameters
+from gsa_jax.training.metrics import Console, duration
 
 
 def main(config: Config) -> dict[str, Any]:
@@ -29,25 +30,27 @@ def main(config: Config) -> dict[str, Any]:
 
     results = {"settings": dataclasses.asdict(config), **provenance("experiments.mqar"), "runs": []}
     total = len(models) * len(config.learning_rates)
-    with Display() as display:
+    with Console() as console:
         for key, rate in itertools.product(models, config.learning_rates):
             parameters, _ = count_parameters(models[key])
             number = len(results["runs"]) + 1
-            display.start(f"[{number}/{total}] {name(*key, rate)}: {parameters:,} parameters")
+            console.start(f"[{number}/{total}] {name(*key, rate)}: {parameters:,} parameters")
             reports = []
             for report in train(functions[key], train_set, test_set, config, rate):
                 reports.append(report)
-                display.step(report)
+                seconds_left = report.seconds / report.step * (report.num_steps - report.step)
+                stays = report.accuracy is not None
+                console.step(report.step, report.num_steps, describe(report), seconds_left, stays=stays)
             model = dict(zip(("mixer", "hidden_size"), key, strict=True), learning_rate=rate, parameters=parameters)
             results["runs"].append(summarize(model, reports))
             write_results(config.out, results)
         for run in best_runs(results["runs"]):
             what = name(run["mixer"], run["hidden_size"], run["learning_rate"])
-            display.note(
+            console.note(
                 f"{what}: accuracy {run['accuracy']:.4f} ({run['ended']}) "
                 f"after {run['steps']} steps, {duration(run['seconds'])}"
             )
-        display.note(f"results.json and accuracy.png are in {config.out}")
+        console.note(f"results.json and accuracy.png are in {config.out}")
     return results
 
 

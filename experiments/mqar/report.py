@@ -1,67 +1,21 @@
-"""What a run tells: its progress, its results as JSON, and a plot."""
+"""What a run tells: a line of progress, its results as JSON, and a plot."""
 
-import datetime
 import json
 import math
 from pathlib import Path
 from typing import Any
 
 import matplotlib.figure
-import rich.console
-import rich.progress
 
 from experiments.mqar.train import SOLVED, Report
 
 LINE_STYLES = ("-", "--", ":", "-.")
 
 
-class Display:
-    """Progress on standard output: a bar on a terminal, and a line at every test; a context manager."""
-
-    def __init__(self):
-        self._console = rich.console.Console(highlight=False, soft_wrap=True)
-        self._progress = rich.progress.Progress(
-            rich.progress.BarColumn(20),
-            rich.progress.TextColumn("{task.description}", markup=False),
-            console=self._console,
-        )
-        self._task = self._progress.add_task("")
-
-    def __enter__(self) -> "Display":
-        if self._console.is_terminal:
-            self._progress.start()
-        return self
-
-    def __exit__(self, *_) -> None:
-        if self._console.is_terminal:
-            self._progress.stop()
-
-    def note(self, text: str) -> None:
-        """Prints a line that stays."""
-        self._console.print(text, markup=False)
-
-    def start(self, title: str) -> None:
-        """A training begins."""
-        self.note(title)
-        self._progress.reset(self._task, description="compiling")
-
-    def step(self, report: Report) -> None:
-        """Shows where the training stands; the time left is until the last epoch's end."""
-        parts = [f"step {report.step}/{report.num_steps}", f"loss {report.loss:.3f}"]
-        if report.accuracy is not None:
-            parts.append(f"accuracy {report.accuracy:.3f}")
-        seconds_left = report.seconds / report.step * (report.num_steps - report.step)
-        parts.append(f"{report.examples_per_second:,.0f} examples/s")
-        parts.append(f"at most {duration(seconds_left)} left")
-        line = " · ".join(parts)
-        self._progress.update(self._task, total=report.num_steps, completed=report.step, description=line)
-        if report.accuracy is not None:
-            self.note(line)
-
-
-def duration(seconds: float) -> str:
-    """Hours, minutes and seconds."""
-    return str(datetime.timedelta(seconds=round(seconds)))
+def describe(report: Report) -> list[str]:
+    """What a training says of itself on the way."""
+    accuracy = [] if report.accuracy is None else [f"accuracy {report.accuracy:.3f}"]
+    return [f"loss {report.loss:.3f}", *accuracy, f"{report.examples_per_second:,.0f} examples/s"]
 
 
 def summarize(model: dict[str, Any], reports: list[Report]) -> dict[str, Any]:

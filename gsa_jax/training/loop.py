@@ -22,7 +22,7 @@ from gsa_jax.models import abstract_model, count_parameters
 from gsa_jax.training.checkpoint import Checkpoints
 from gsa_jax.training.config import ConfigError, TrainConfig, differences
 from gsa_jax.training.data import Batch, load_tokenizer, training_batches, validation_batches
-from gsa_jax.training.metrics import Console, MetricsLog, peak_flops, plot_curves, read_metrics
+from gsa_jax.training.metrics import Console, MetricsLog, describe, peak_flops, plot_curves, read_metrics
 from gsa_jax.training.optimizer import make_optimizer, make_schedule
 from gsa_jax.training.sharding import BATCH, make_mesh, put_batch
 from gsa_jax.training.step import (
@@ -109,11 +109,11 @@ def _run(
     step = first = int(state.step)
     eval_step = jax.jit(make_eval_step(graphdef))
     with (
-        Console(config.steps, first) as console,
+        Console() as console,
         MetricsLog(Path(config.run_dir), after_step=first, tensorboard=config.tensorboard) as log,
         _stop_signals() as signals,
     ):
-        console.note(_description(config, mesh, first))
+        console.start(_description(config, mesh, first))
         schedule = make_schedule(config.optimizer, config.steps)
         train_step = make_train_step(graphdef, optimizer, schedule, config.accumulation)
         train_step = _compile(train_step, like, (config.batch_size, config.length), mesh)
@@ -135,7 +135,9 @@ def _run(
             if evaluating:
                 values |= evaluate(eval_step, state, itertools.islice(validation(), config.eval_batches), mesh)
             log.write(step, values)
-            console.step(step, values, (time.perf_counter() - begin) / (step - first) * (config.steps - step))
+            seconds_left = (time.perf_counter() - begin) / (step - first) * (config.steps - step)
+            stays = evaluating or not console.is_terminal
+            console.step(step, config.steps, describe(values), seconds_left, stays=stays)
             if saving:
                 checkpoints.save(state, batches)
             if stop:

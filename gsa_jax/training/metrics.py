@@ -87,50 +87,61 @@ def _cut(path: Path, after_step: int) -> None:
 
 
 class Console:
-    """The progress of a run on standard output: a bar on a terminal, plain lines elsewhere; a context manager.
+    """The progress of trainings on standard output: a bar on a terminal, and lines that stay; a context manager.
 
     Only the first host prints.
     """
 
-    def __init__(self, steps: int, done: int):
-        """For a run of `steps` steps of which `done` are done."""
-        self._steps = steps
+    def __init__(self):
         self._console = rich.console.Console(highlight=False, soft_wrap=True, quiet=jax.process_index() > 0)
         self._progress = rich.progress.Progress(
             rich.progress.BarColumn(20),
             rich.progress.TextColumn("{task.description}", markup=False),
             console=self._console,
         )
-        self._task = self._progress.add_task("compiling", total=steps, completed=done)
+        self._task = self._progress.add_task("")
+        self.is_terminal = self._console.is_terminal
 
     def __enter__(self) -> "Console":
-        if self._console.is_terminal:
+        if self.is_terminal:
             self._progress.start()
         return self
 
     def __exit__(self, *_) -> None:
-        if self._console.is_terminal:
+        if self.is_terminal:
             self._progress.stop()
 
     def note(self, text: str) -> None:
         """Prints a line that stays."""
         self._console.print(text, markup=False)
 
-    def step(self, step: int, values: dict[str, float], seconds_left: float) -> None:
-        """Shows the state of the run, `values` as in metrics.jsonl; on a terminal, a line with an evaluation stays."""
-        parts = [
-            f"step {step}/{self._steps}",
-            f"loss {values['loss']:.4f}",
-            f"{values['tokens_per_second']:,.0f} tok/s",
-        ]
-        if "mfu" in values:
-            parts.append(f"MFU {values['mfu']:.1%}")
-        parts.append(f"{datetime.timedelta(seconds=round(seconds_left))} left")
-        self._progress.update(self._task, completed=step, description=" · ".join(parts))
-        if "validation_bits_per_byte" in values:
-            parts.insert(2, f"validation {values['validation_bits_per_byte']:.4f} bits/byte")
-        if "validation_bits_per_byte" in values or not self._console.is_terminal:
-            self.note(" · ".join(parts))
+    def start(self, title: str) -> None:
+        """A training begins."""
+        self.note(title)
+        self._progress.reset(self._task, description="compiling")
+
+    def step(self, step: int, steps: int, values: list[str], seconds_left: float, *, stays: bool) -> None:
+        """Shows where the training stands, in a line that stays if asked."""
+        line = " · ".join([f"step {step}/{steps}", *values, f"{duration(seconds_left)} left"])
+        self._progress.update(self._task, total=steps, completed=step, description=line)
+        if stays:
+            self.note(line)
+
+
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds."""
+    return str(datetime.timedelta(seconds=round(seconds)))
+
+
+def describe(values: dict[str, float]) -> list[str]:
+    """The values of a line of metrics.jsonl for people."""
+    formats = {
+        "loss": "loss {:.4f}",
+        "validation_bits_per_byte": "validation {:.4f} bits/byte",
+        "tokens_per_second": "{:,.0f} tok/s",
+        "mfu": "MFU {:.1%}",
+    }
+    return [text.format(values[name]) for name, text in formats.items() if name in values]
 
 
 def plot_curves(run_dir: Path | str, *, references: dict[str, float] | None = None) -> Path:

@@ -5,7 +5,7 @@ import matplotlib.image
 import pytest
 
 from gsa_jax.training import plot_curves, read_metrics
-from gsa_jax.training.metrics import Console, MetricsLog, peak_flops
+from gsa_jax.training.metrics import Console, MetricsLog, describe, peak_flops
 
 
 def write(run_dir, steps, after_step=0, tensorboard=False):
@@ -46,24 +46,30 @@ def test_tensorboard_is_written_when_asked_for(tmp_path):
 
 
 def test_progress_is_plain_lines_where_there_is_no_terminal(capsys):
-    with Console(steps=20, done=0) as console:
-        console.note("[not] markup")
-        console.step(10, {"loss": 2.5, "tokens_per_second": 12345.6, "mfu": 0.415}, seconds_left=61)
-    assert capsys.readouterr().out.splitlines() == [
-        "[not] markup",
-        "step 10/20 · loss 2.5000 · 12,346 tok/s · MFU 41.5% · 0:01:01 left",
-    ]
+    with Console() as console:
+        console.start("[not] markup")
+        console.step(9, 20, ["loss 2.6"], 62, stays=False)
+        console.step(10, 20, ["loss 2.5", "MFU 41.5%"], 61, stays=True)
+    assert capsys.readouterr().out.splitlines() == ["[not] markup", "step 10/20 · loss 2.5 · MFU 41.5% · 0:01:01 left"]
 
 
 def test_progress_is_a_bar_on_a_terminal(capsys, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
-    values = {"loss": 2.5, "tokens_per_second": 12345.6}
-    with Console(steps=20, done=0) as console:
-        console.step(10, values | {"validation_bits_per_byte": 3.0}, seconds_left=61)
-        console.step(20, values, seconds_left=0)
+    with Console() as console:
+        for title in ("first", "second"):
+            console.start(title)
+            console.step(10, 20, ["loss 2.5"], 61, stays=True)
+            console.step(20, 20, ["loss 2.4"], 0, stays=False)
     out = capsys.readouterr().out
-    assert "\x1b[" in out and "━" in out and "step 20/20 · loss 2.5000 · 12,346 tok/s · 0:00:00 left" in out
-    assert "step 10/20 · loss 2.5000 · validation 3.0000 bits/byte · 12,346 tok/s · 0:01:01 left\n" in out
+    assert "\x1b[" in out and "━" in out and "step 20/20 · loss 2.4 · 0:00:00 left" in out
+    assert out.count("step 10/20 · loss 2.5 · 0:01:01 left\n") == 2
+
+
+def test_metrics_for_people():
+    values = {"loss": 2.5, "grad_norm": 1.0, "tokens_per_second": 12345.6}
+    assert describe(values) == ["loss 2.5000", "12,346 tok/s"]
+    values |= {"mfu": 0.415, "validation_loss": 2.0, "validation_bits_per_byte": 3.0}
+    assert describe(values) == ["loss 2.5000", "validation 3.0000 bits/byte", "12,346 tok/s", "MFU 41.5%"]
 
 
 @pytest.mark.parametrize(
