@@ -92,7 +92,7 @@ class GatedLinearAttentionConfig:
     expand_v: float = 1.0
     """total value width over hidden size, as if G were H"""
     damping: float = 16.0
-    """tau of the gate sigmoid(W_1 W_2 x + b)^(1/tau)"""
+    """tau of the gate sigmoid(W_2 W_1 x + b)^(1/tau)"""
     gate_rank: int = 16
     """rank of the gate's projection"""
     conv_size: int = 0
@@ -118,14 +118,21 @@ class GatedLinearAttention(LinearAttentionLayer):
         config = self.Config() if config is None else config
         super().__init__(hidden_size, config, output_gate=True, implementation=implementation, dtype=dtype, rngs=rngs)
         groups, key_size, _ = self.memory_shape
-        self.gate_down = linear(hidden_size, config.gate_rank, ("embed", None), dtype=dtype, rngs=rngs)
-        gate_size = groups * key_size
+        self.gate_down = linear(
+            hidden_size, config.gate_rank, ("embed", None), float32_out=True, dtype=dtype, rngs=rngs
+        )
         self.gate_up = linear(
-            config.gate_rank, gate_size, (None, "heads"), use_bias=True, float32_out=True, dtype=dtype, rngs=rngs
+            config.gate_rank,
+            groups * key_size,
+            (None, "heads"),
+            use_bias=True,
+            float32_out=True,
+            dtype=jnp.float32,
+            rngs=rngs,
         )
 
     def log_decay(self, x):
-        """log_sigmoid(W_2 W_1 x + b) / tau in float32, [B, T, G, K]."""
+        """log_sigmoid(W_2 W_1 x + b) / tau in float32 from W_1 x on, [B, T, G, K]."""
         groups, key_size, _ = self.memory_shape
         logits = self.gate_up(self.gate_down(x)).reshape(*x.shape[:-1], groups, key_size)
         return jax.nn.log_sigmoid(logits) / self.config.damping
