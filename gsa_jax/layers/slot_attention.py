@@ -115,8 +115,20 @@ class GatedSlotAttention(Mixer):
 
 
 class ABC(GatedSlotAttention):
-    """Attention with bounded-memory control (arXiv 2110.02488): Gated Slot Attention whose gate is the share that the
-    write logits so far hold against the token's own, W_a x (`gsa_jax.ops.abc_log_decay`). `damping` plays no part."""
+    """Attention with bounded-memory control (ABC, arXiv 2110.02488): a slot is the mean of all tokens so far, weighted
+    with the exponentials of the write logits s = W_a x.
+
+        Kmem[t] = Σ_{i<=t} exp(s[i] - z[t]) ⊗ k[i],   z[t] = log Σ_{i<=t} exp(s[i]);   Vmem[t] alike
+
+    z is a running normalizer, which the code follows as a gate (`gsa_jax.ops.abc_log_decay`): Gated Slot Attention with
+    a[t] = exp(z[t-1] - z[t]) and the write strength exp(s[t] - z[t]) = 1 - a[t]. It is the same recurrence: the gates
+    after token i multiply to exp(z[i] - z[t]), which makes its write, exp(s[i] - z[i]), the exp(s[i] - z[t]) above.
+
+    The GSA paper (section 2) prints the weight of token i as exp(s[i] - z[i]) and no gate. Taken by the letter that is
+    another recurrence, whose weights add up to more than one; its authors' code has the gate, as this one has.
+
+    All else is Gated Slot Attention's: the maps of q, k and v, the query scale 1, the norm. `damping` plays no part.
+    """
 
     def log_decay(self, x, gate_state, segment_ids):
         """ABC's gate from the write logits W_a x, and the running normalizer [B, G, M]."""
