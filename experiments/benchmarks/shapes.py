@@ -1,5 +1,6 @@
-"""The shapes that benchmarks time, by name; the same list serves every op, implementation and peer."""
+"""The cases of the benchmarks: shapes by name, one list for every op, implementation, peer and test."""
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import jax
@@ -21,25 +22,49 @@ class Shape(NamedTuple):
     """slots, for gsa only"""
 
     @property
-    def sizes(self):
+    def sizes(self) -> list[int]:
         """[B, T, H, K, V, M] of gsa, [B, T, H, K, V] of gla."""
         return list(self[1:]) if self.op == "gsa" else list(self[1:-1])
 
+    @property
+    def gates(self) -> int:
+        """Width of the gate of a head: the slots of gsa, the keys of gla."""
+        return self.M or self.K
+
+    @property
+    def attention(self) -> tuple[int, int, int, int]:
+        """[B, T, H, D] of softmax attention over the same tokens at the same width, in heads of 128."""
+        return self.B, self.T, max(1, self.H * self.V // 128), 128
+
+    def forward_bytes(self, itemsize: int) -> int:
+        """Bytes of q, k, v, log_decay and the output, each once; the gate is float32."""
+        return self._bytes(2 * self.K + 2 * self.V, 1, itemsize)
+
+    def forward_backward_bytes(self, itemsize: int) -> int:
+        """A forward pass, then q, k, v, log_decay, the output's gradient and theirs, each once."""
+        return self.forward_bytes(itemsize) + self._bytes(4 * self.K + 3 * self.V, 2, itemsize)
+
+    def _bytes(self, width, gates, itemsize):
+        return self.B * self.T * self.H * (width * itemsize + gates * self.gates * 4)
+
 
 GPU_SHAPES = {
+    "gsa-512-1k": Shape("gsa", 32, 1024, 4, 512, 512, 64),
     "gsa-512-2k": Shape("gsa", 16, 2048, 4, 512, 512, 64),
     "gsa-512-8k": Shape("gsa", 4, 8192, 4, 512, 512, 64),
     "gsa-512-32k": Shape("gsa", 1, 32768, 4, 512, 512, 64),
+    "gsa-512-128k": Shape("gsa", 1, 131072, 4, 512, 512, 64),
     "gsa-256": Shape("gsa", 8, 4096, 4, 256, 256, 64),
     "gsa-128": Shape("gsa", 8, 4096, 16, 128, 128, 64),
     "gsa-64": Shape("gsa", 8, 4096, 32, 64, 64, 64),
     "gla-256-2k": Shape("gla", 16, 2048, 4, 256, 512),
     "gla-256-8k": Shape("gla", 4, 8192, 4, 256, 512),
     "gla-256-32k": Shape("gla", 1, 32768, 4, 256, 512),
+    "gla-256-128k": Shape("gla", 1, 131072, 4, 256, 512),
     "gla-128": Shape("gla", 8, 4096, 16, 128, 128),
     "gla-128x256": Shape("gla", 8, 4096, 4, 128, 256),
 }
-"""Shapes of models of some billion parameters, in bfloat16."""
+"""Shapes of models of some billion parameters, for bfloat16: 32,768 tokens, those of the longest rows 131,072."""
 
 CPU_SHAPES = {
     "gsa-cpu": Shape("gsa", 2, 2048, 4, 64, 64, 64),
@@ -54,6 +79,13 @@ QUICK_SHAPES = {"gsa-cpu": CPU_SHAPES["gsa-cpu"]}
 SHAPES = GPU_SHAPES | CPU_SHAPES
 
 
+def choose(names: Sequence[str]) -> dict[str, Shape]:
+    """The cases of those names, in that order; raises a ValueError that lists the known ones."""
+    if unknown := [name for name in names if name not in SHAPES]:
+        raise ValueError(f"unknown cases: {', '.join(unknown)}; known are {', '.join(SHAPES)}")
+    return {name: SHAPES[name] for name in names}
+
+
 def make_inputs(shape, dtype, seed=0):
     """Random q, k, v, log_decay of `shape`; gates as a model's are: log_sigmoid of a projection, damped by 1/16."""
     keys = jax.random.split(jax.random.key(seed), 4)
@@ -62,5 +94,5 @@ def make_inputs(shape, dtype, seed=0):
         jax.random.normal(key, (*tokens, size), jnp.float32).astype(dtype)
         for key, size in zip(keys, (shape.K, shape.K, shape.V), strict=False)
     )
-    gates = jax.random.normal(keys[3], (*tokens, shape.M or shape.K), jnp.float32)
+    gates = jax.random.normal(keys[3], (*tokens, shape.gates), jnp.float32)
     return q, k, v, jax.nn.log_sigmoid(gates) / 16
