@@ -11,11 +11,15 @@ import jax
 import jaxlib
 
 
-def provenance(module: str) -> dict[str, Any]:
-    """Device, versions, command and date of a run of `python -m {module}`, for the JSON beside its results."""
+def provenance(module: str, device: str | None = None, versions: dict[str, str] | None = None) -> dict[str, Any]:
+    """Device, versions, command and date of a run of `python -m {module}`, for the JSON beside its results.
+
+    Device and versions are jax's unless given.
+    """
+    versions = {"jax": jax.__version__, "jaxlib": jaxlib.__version__} if versions is None else versions
     return {
-        "device": device_name(),
-        "versions": {"jax": jax.__version__, "jaxlib": jaxlib.__version__, "python": platform.python_version()},
+        "device": device or device_name(),
+        "versions": versions | {"python": platform.python_version()},
         "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }

@@ -71,7 +71,9 @@ def test_train_generate_evaluate_resume(tmp_path):
     assert (tmp_path / "runs/tiny/evaluation.png").stat().st_size > 10_000
 
 
-@pytest.mark.parametrize("script", ["language_model", "generate", "evaluate", "mqar", "benchmarks.ops"])
+@pytest.mark.parametrize(
+    "script", ["language_model", "generate", "evaluate", "mqar", "benchmarks.ops", "benchmarks.peers"]
+)
 def test_help_reads_well(script, tmp_path):
     finished = run([sys.executable, "-m", f"experiments.{script}", "--help"], tmp_path)
     assert finished.returncode == 0, finished.stderr

@@ -1,170 +1,154 @@
 """Times the ops: `python -m experiments.benchmarks.ops`.
 
-Forward, and forward with all gradients, of every implementation at named shapes (experiments/benchmarks/shapes.py), as
-a table with ratios to the scan. Times are medians; each is of several calls back to back and one wait at the end.
+Forward, and forward with all gradients, of every implementation at named shapes (experiments/benchmarks/shapes.py), and
+of the peers: flash-linear-attention, and the softmax attention of PyTorch and of cuDNN over the same tokens at the same
+width. A table says how they compare and how near each is to the least time that moving its inputs and outputs takes.
+Times are medians; each is of several calls back to back and one wait at the end.
 """
 
-import dataclasses
 import functools
 import json
-import statistics
+import os
+import subprocess
 import sys
-import time
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import tyro
-from rich.box import SIMPLE
 from rich.console import Console
-from rich.table import Table
 
-from experiments.benchmarks.shapes import CPU_SHAPES, GPU_SHAPES, QUICK_SHAPES, SHAPES, make_inputs
+from experiments.benchmarks import peers
+from experiments.benchmarks.ops_report import as_table, draw, remarks
+from experiments.benchmarks.shapes import CPU_SHAPES, GPU_SHAPES, QUICK_SHAPES, Shape, choose, make_inputs
+from experiments.benchmarks.timing import REFUSALS, attempt, time_calls
+from experiments.command_line import user_errors
 from experiments.provenance import provenance
 from gsa_jax.ops import gated_linear_attention, gated_slot_attention
 
 OPS = {"gsa": gated_slot_attention, "gla": gated_linear_attention}
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Config:
-    """What to time. With no argument: the GPU shapes in bfloat16 on a GPU, the CPU shapes in float32 elsewhere."""
+    """What to time. With no argument: the GPU cases in bfloat16 on a GPU, the CPU cases in float32 elsewhere."""
 
     quick: bool = False
-    """Only the one small shape that a CPU does in a minute, in float32."""
-    shapes: tuple[str, ...] = ()
+    """Only the one small case that a CPU does in a minute, in float32, with the scan and without peers."""
+    cases: tuple[str, ...] = ()
     """Names from experiments/benchmarks/shapes.py, in place of the default ones."""
-    implementations: tuple[Literal["scan", "chunked"], ...] = ("scan", "chunked")
-    """Implementations to time; ratios are to the scan."""
-    dtype: Literal["float32", "bfloat16"] | None = None
+    implementations: tuple[Literal["scan", "chunked", "pallas"], ...] = ()
+    """Implementations to time, chunked and pallas by default. One that does not take a case says why."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Of queries, keys and values."""
     chunk_size: int | None = None
     """Tokens in a chunk of "chunked"; the platform's own choice by default."""
+    peers: Literal["measure", "none"] | Path = "measure"
+    """On a GPU in bfloat16, measure the peers that are installed, or none; or a JSON file of times that this script or
+    experiments.benchmarks.peers took before on such a device."""
     repeats: int = 7
     """Measurements, of which the median counts."""
     seconds: float = 0.2
     """How long a measurement lasts at least: that many calls go back to back."""
     out: Path | None = None
-    """Where to write the measurements as JSON."""
-    plot: Path | None = None
-    """Where to draw them."""
+    """JSON file to write, with a plot beside it."""
 
 
-def main(config: Config) -> dict:
+def main(config: Config) -> dict[str, Any]:
     """Times, prints, writes; returns what is written."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leaves memory to the process of the peers
     on_gpu = jax.default_backend() == "gpu" and not config.quick
-    names = config.shapes or tuple(QUICK_SHAPES if config.quick else GPU_SHAPES if on_gpu else CPU_SHAPES)
-    unknown = [name for name in names if name not in SHAPES]
-    if unknown:
-        print(f"unknown shapes: {', '.join(unknown)}; known are {', '.join(SHAPES)}", file=sys.stderr)
-        sys.exit(2)
+    cases = choose(config.cases or tuple(QUICK_SHAPES if config.quick else GPU_SHAPES if on_gpu else CPU_SHAPES))
     dtype = config.dtype or ("bfloat16" if on_gpu else "float32")
+    with_peers = on_gpu and dtype == "bfloat16" and config.peers != "none"
+    result = provenance("experiments.benchmarks.ops") | {"dtype": dtype, "peers": None, "rows": []}
+    if isinstance(config.peers, Path):
+        result["peers"] = peers.read(config.peers, result["device"], dtype)
+    elif with_peers and peers.installed("torch"):
+        result["peers"] = measure_peers(cases, config)
+    result["copy_bytes_per_second"] = copy_rate() if on_gpu else None
 
-    console = Console()
-    rows = []
+    implementations = config.implementations or (("scan",) if config.quick else ()) + ("chunked", "pallas")
+    console = Console(width=180)
     with console.status("") as status:
-        for name in names:
-            for implementation in config.implementations:
-                status.update(f"{name}, {implementation}")
-                rows.append(time_shape(name, implementation, dtype, config))
-    result = provenance("experiments.benchmarks.ops") | {"rows": rows}
+        for case, shape in cases.items():
+            for name in implementations + (("cudnn",) if with_peers else ()):
+                status.update(f"{case}, {name}")
+                times = time_cudnn(shape, config) if name == "cudnn" else time_op(shape, name, dtype, config)
+                result["rows"].append({"case": case, "by": name} | times)
     console.print(as_table(result))
+    console.print(*remarks(result), sep="\n", soft_wrap=True, highlight=False, markup=False)
     if config.out:
         config.out.parent.mkdir(parents=True, exist_ok=True)
         config.out.write_text(json.dumps(result, indent=2) + "\n")
-    if config.plot:
-        draw(result, config.plot)
+        draw(result).savefig(config.out.with_suffix(".png"), dpi=150)
     return result
 
 
-def time_shape(name, implementation, dtype, config):
-    """One row: the milliseconds of a forward, and of one with all gradients; None where memory does not suffice."""
-    shape = SHAPES[name]
+def measure_peers(cases: dict[str, Shape], config: Config) -> dict[str, Any] | None:
+    """The times of the peers, measured in a process of their own; None if that fails."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "peers.json"
+        options = {"--out": out, "--repeats": config.repeats, "--seconds": config.seconds}
+        arguments = [*cases, *(str(word) for option in options.items() for word in option)]
+        subprocess.run([sys.executable, "-m", "experiments.benchmarks.peers", *arguments], check=False)
+        return json.loads(out.read_text()) if out.exists() else None
+
+
+def copy_rate() -> float:
+    """The bytes per second that a copy of 1 GiB reads and writes."""
+    x = jnp.zeros(2**28, jnp.float32)
+    copy = jax.jit(jnp.copy)
+    return 2 * x.nbytes / time_calls(lambda: copy(x), jax.block_until_ready, repeats=7, seconds=0.2)
+
+
+def time_op(shape: Shape, implementation: str, dtype: str, config: Config) -> dict[str, Any]:
+    """The times of an implementation, and the bytes of its inputs and outputs."""
     chunk_size = config.chunk_size if implementation == "chunked" else None
     op = functools.partial(OPS[shape.op], implementation=implementation, chunk_size=chunk_size)
     inputs = make_inputs(shape, jnp.dtype(dtype))
-    cotangent = jnp.ones((shape.B, shape.T, shape.H, shape.V), dtype)
+    times = time_passes(lambda *inputs: op(*inputs)[0], inputs, config, REFUSALS)
+    itemsize = jnp.dtype(dtype).itemsize
+    times["forward"]["bytes"] = shape.forward_bytes(itemsize)
+    times["forward_backward"]["bytes"] = shape.forward_backward_bytes(itemsize)
+    return times
 
-    def forward(*inputs):
-        return op(*inputs)[0]
 
-    def forward_backward(*inputs):
-        out, pullback = jax.vjp(forward, *inputs)
+def time_cudnn(shape: Shape, config: Config) -> dict[str, Any]:
+    """The times of cuDNN's causal attention, as JAX calls it, over the same tokens at the same width."""
+    attention = functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn")
+    keys = jax.random.split(jax.random.key(0), 3)
+    inputs = tuple(jax.random.normal(key, shape.attention, jnp.bfloat16) for key in keys)
+    return time_passes(attention, inputs, config, Exception)
+
+
+def time_passes(function: Callable, inputs: tuple, config: Config, refusals) -> dict[str, dict[str, Any]]:
+    """Milliseconds and temporary memory, forward and with the gradients of all inputs, or what went wrong."""
+
+    def forward_backward(cotangent, *inputs):
+        out, pullback = jax.vjp(function, *inputs)
         return out, pullback(cotangent)
 
-    row = {"shape": name, "sizes": shape.sizes, "dtype": dtype, "implementation": implementation}
-    for column, function in (("forward_ms", forward), ("forward_backward_ms", forward_backward)):
-        try:
-            row[column] = 1000 * time_calls(jax.jit(function), inputs, config.repeats, config.seconds)
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            row[column] = None
-    return row
+    v = inputs[2]
+    cotangent = jax.random.normal(jax.random.key(1), v.shape, v.dtype)  # the output has v's shape
+    return {
+        "forward": attempt(lambda: _time_call(function, inputs, config), refusals),
+        "forward_backward": attempt(lambda: _time_call(forward_backward, (cotangent, *inputs), config), refusals),
+    }
 
 
-def time_calls(function, inputs, repeats=7, seconds=0.2):
-    """The median over `repeats` of the seconds a call takes, when calls stand back to back for `seconds` or more."""
-
-    def run(calls):
-        start = time.perf_counter()
-        for _ in range(calls):
-            result = function(*inputs)
-        jax.block_until_ready(result)
-        return (time.perf_counter() - start) / calls
-
-    run(1)  # compiles
-    calls = max(1, round(seconds / run(1)))
-    return statistics.median(run(calls) for _ in range(repeats))
-
-
-def as_table(result):
-    """The rows as a table for the terminal."""
-    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-    title = f"{result['device']}, {result['rows'][0]['dtype']}, {versions}"
-    table = Table(title=title, box=SIMPLE, padding=0, caption="ratio: time of the scan / time of this implementation")
-    for heading in ("shape", "B,T,H,K,V(,M)", "by"):
-        table.add_column(heading, no_wrap=True)
-    for heading in ("fwd ms", "ratio", "fwd+bwd ms", "ratio"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    scans = {row["shape"]: row for row in result["rows"] if row["implementation"] == "scan"}
-    for row in result["rows"]:
-        cells = [row["shape"], ",".join(map(str, row["sizes"])), row["implementation"]]
-        for column in ("forward_ms", "forward_backward_ms"):
-            milliseconds, scan = row[column], scans.get(row["shape"], {}).get(column)
-            cells.append("no memory" if milliseconds is None else f"{milliseconds:.2f}")
-            cells.append(f"{scan / milliseconds:.1f}x" if scan and milliseconds else "-")
-        table.add_row(*cells)
-    return table
-
-
-def draw(result, path):
-    """Draws the times as bars, a group for each shape."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    names = list(dict.fromkeys(row["shape"] for row in result["rows"]))
-    implementations = list(dict.fromkeys(row["implementation"] for row in result["rows"]))
-    width = 0.8 / len(implementations)
-    figure, panels = plt.subplots(2, 1, figsize=(2 + 1.3 * len(names), 7), sharex=True, layout="constrained")
-    for panel, column in zip(panels, ("forward_ms", "forward_backward_ms"), strict=True):
-        for i, implementation in enumerate(implementations):
-            times = {row["shape"]: row[column] for row in result["rows"] if row["implementation"] == implementation}
-            places = [j + (i - (len(implementations) - 1) / 2) * width for j in range(len(names))]
-            bars = panel.bar(places, [times[name] or 0 for name in names], width, label=implementation)
-            labels = [f"{times[name]:.3g}" if times[name] else "no memory" for name in names]
-            panel.bar_label(bars, labels, fontsize=8)
-        panel.set_ylabel(column.removesuffix("_ms").replace("_", " + ") + ", ms")
-    panels[0].legend()
-    panels[0].set_title(f"{result['device']}, jax {result['versions']['jax']}, {result['rows'][0]['dtype']}")
-    panels[1].set_xticks(range(len(names)), names, rotation=20, ha="right")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+def _time_call(function: Callable, inputs: tuple, config: Config) -> dict[str, float]:
+    compiled = jax.jit(function).lower(*inputs).compile()
+    seconds = time_calls(
+        lambda: compiled(*inputs), jax.block_until_ready, repeats=config.repeats, seconds=config.seconds
+    )
+    return {"ms": 1000 * seconds, "temp_mib": compiled.memory_analysis().temp_size_in_bytes / 2**20}
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    with user_errors():
+        main(tyro.cli(Config, prog="python -m experiments.benchmarks.ops", description=__doc__))

@@ -21,6 +21,9 @@ import pytest
         (["evaluate", "/nowhere"], "/nowhere"),
         (["evaluate", "/nowhere", "--max-batches", "0"], "max_batches must be at least 1, got 0"),
         (["mqar", "--vocab-size", "0"], "vocab_size must be at least 1, got 0"),
+        (["benchmarks.ops", "--cases", "gsa-63"], "unknown cases: gsa-63; known are gsa-512-1k, gsa-512-2k"),
+        (["benchmarks.ops", "--peers", "/nowhere.json", "--quick"], "/nowhere.json"),
+        (["benchmarks.peers", "gsa-63"], "unknown cases: gsa-63; known are gsa-512-1k, gsa-512-2k"),
     ],
 )
 def test_mistakes_end_in_one_line_and_exit_code_2(arguments, message, tmp_path):

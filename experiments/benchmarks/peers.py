@@ -1,0 +1,114 @@
+"""Times the peers: `python -m experiments.benchmarks.peers CASE... --out peers.json`.
+
+flash-linear-attention (Triton) on the same shapes, and PyTorch's flash attention over the same tokens at the same
+width, all in bfloat16. A process of its own, so that PyTorch and JAX don't share the GPU's memory; `pip install -e
+".[bench]"` has what it needs. Times are taken as ours are. Every result is printed as a line of JSON as it comes; the
+file is what `experiments.benchmarks.ops --peers` reads.
+
+Triton compiles and tries many tile sizes on first use, minutes for an op. So a process for every kind of op compiles
+first, side by side; the process that measures then chooses the tile sizes, alone on the GPU.
+"""
+
+import importlib.metadata
+import importlib.util
+import json
+import multiprocessing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from experiments.benchmarks.shapes import GPU_SHAPES, Shape, choose
+from experiments.command_line import user_errors
+from experiments.provenance import provenance
+
+PACKAGES = {"fla": "flash-linear-attention", "torch": "torch", "triton": "triton"}
+"""What the peers are made of: modules and the packages that they come in."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """What to time."""
+
+    cases: tyro.conf.Positional[tuple[str, ...]] = tuple(GPU_SHAPES)
+    """Names from experiments/benchmarks/shapes.py."""
+    out: Path | None = None
+    """JSON file to write, anew after every result."""
+    compile_only: bool = False
+    """Fill Triton's cache and measure nothing."""
+    repeats: int = 7
+    """Measurements, of which the median counts."""
+    seconds: float = 0.2
+    """How long a measurement lasts at least: that many calls go back to back."""
+
+
+def main(config: Config) -> None:
+    """Compiles, then times one case after the other."""
+    cases = choose(config.cases)
+    if not installed("torch"):
+        raise ValueError('the peers need PyTorch, which is not installed; pip install -e ".[bench]" does it')
+    import torch
+
+    from experiments.benchmarks import torch_peers
+
+    if not torch.cuda.is_available():
+        raise ValueError("the peers need a GPU, and PyTorch finds none")
+    peers = [peer for peer in torch_peers.PEERS if peer != "fla" or installed("fla")]
+    if "fla" in peers:
+        side_by_side(torch_peers.compile_kernels, list(cases.values()))
+    if config.compile_only:
+        return
+    device = f"1 x {torch.cuda.get_device_name()}"
+    versions = {name: importlib.metadata.version(name) for module, name in PACKAGES.items() if installed(module)}
+    record = provenance("experiments.benchmarks.peers", device, versions) | {"dtype": "bfloat16", "rows": []}
+    for case, shape in cases.items():
+        for peer in peers:
+            times = torch_peers.measure(peer, shape, repeats=config.repeats, seconds=config.seconds)
+            record["rows"].append({"case": case, "by": peer} | times)
+            print(json.dumps(record["rows"][-1]), flush=True)
+            if config.out:
+                config.out.parent.mkdir(parents=True, exist_ok=True)
+                config.out.write_text(json.dumps(record, indent=2) + "\n")
+
+
+def installed(module: str) -> bool:
+    """Whether a module can be imported."""
+    return importlib.util.find_spec(module) is not None
+
+
+def side_by_side(compile_kernels, shapes: list[Shape]) -> None:
+    """Compiles in a process for each of the shapes that differ in more than batch and length."""
+    kinds = {shape._replace(B=0, T=0): shape for shape in reversed(shapes)}
+    spawn = multiprocessing.get_context("spawn")
+    processes = [spawn.Process(target=compile_kernels, args=(shape,)) for shape in kinds.values()]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+
+
+def read(file: Path, device: str, dtype: str) -> dict[str, Any]:
+    """What this script, or `experiments.benchmarks.ops`, wrote into `file`: the peers' times and where they come from.
+
+    Raises:
+      ValueError: they are of another kind of device than `device` or of another dtype, or the file holds none.
+    """
+    record = json.loads(file.read_text())
+    record = record.get("peers", record)
+    if not record or "dtype" not in record:
+        raise ValueError(f"{file}: there are no times of peers in it")
+    for name, here in (("device", device), ("dtype", dtype)):
+        if _kind(record[name]) != _kind(here):
+            raise ValueError(f"{file}: the peers' {name} is {record[name]}, and here it is {here}")
+    return record | {"file": str(file)}
+
+
+def _kind(device: str) -> str:
+    """A device's name without how many there are."""
+    return device.split(" x ")[-1]
+
+
+if __name__ == "__main__":
+    with user_errors():
+        main(tyro.cli(Config, prog="python -m experiments.benchmarks.peers", description=__doc__))

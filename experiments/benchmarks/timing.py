@@ -1,0 +1,42 @@
+"""How every benchmark measures, ours and the peers'."""
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+REFUSALS = (NotImplementedError, ValueError)
+"""What an implementation raises for a case that it does not take."""
+
+
+def time_calls(call: Callable[[], Any], wait: Callable[[Any], Any], *, repeats: int, seconds: float) -> float:
+    """The median over `repeats` of the seconds that a call takes, when calls stand back to back for `seconds` or more.
+
+    `wait` gets the last call's result and returns when it is there.
+    """
+
+    def run(calls):
+        start = time.perf_counter()
+        for _ in range(calls):
+            result = call()
+        wait(result)
+        return (time.perf_counter() - start) / calls
+
+    run(1)  # warms up
+    calls = max(1, round(seconds / run(1)))
+    return statistics.median(run(calls) for _ in range(repeats))
+
+
+def attempt(measure: Callable[[], dict], refusals: type | tuple[type, ...] = REFUSALS) -> dict:
+    """What `measure()` returns; {"error": why not} where memory does not suffice or it raises one of `refusals`."""
+    try:
+        return measure()
+    except Exception as error:
+        if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
+            return {"error": "not enough memory"}
+        if not isinstance(error, refusals):
+            raise
+        reason = str(error).strip() or type(error).__name__
+        return {"error": f"does not fit: {reason.splitlines()[0]}"}

@@ -1,0 +1,84 @@
+"""The peers' calls and their timing, in PyTorch; imported by the process of `experiments.benchmarks.peers` alone."""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from experiments.benchmarks.shapes import Shape
+from experiments.benchmarks.timing import attempt, time_calls
+
+
+def fla(shape: Shape) -> tuple[Callable, tuple]:
+    """flash-linear-attention's chunked op and its inputs.
+
+    As in its own layers, gates have the dtype of q, and GSA's write strength is an input.
+    """
+    from fla.ops.gla import chunk_gla
+    from fla.ops.gsa import chunk_gsa
+
+    tokens = (shape.B, shape.T, shape.H)
+    q, k, v = (torch.randn(*tokens, size, device="cuda") for size in (shape.K, shape.K, shape.V))
+    log_decay = torch.nn.functional.logsigmoid(torch.randn(*tokens, shape.gates, device="cuda")) / 16
+    if shape.op == "gla":
+        inputs = _leaves(q, k, v, log_decay)
+        return lambda: chunk_gla(*inputs)[0], inputs
+    inputs = _leaves(q, k, v, -torch.expm1(log_decay), log_decay)
+    return lambda: chunk_gsa(*inputs, scale=1.0)[0], inputs
+
+
+def flash_attention(shape: Shape) -> tuple[Callable, tuple]:
+    """PyTorch's flash attention, causal, and its inputs [B, H, T, D]."""
+    B, T, H, D = shape.attention
+    inputs = _leaves(*(torch.randn(B, H, T, D, device="cuda") for _ in range(3)))
+
+    def call():
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            return torch.nn.functional.scaled_dot_product_attention(*inputs, is_causal=True)
+
+    return call, inputs
+
+
+PEERS = {"fla": fla, "torch flash": flash_attention}
+
+
+def measure(peer: str, shape: Shape, *, repeats: int, seconds: float) -> dict[str, Any]:
+    """Milliseconds and temporary memory, forward and with the gradients of all inputs, or what went wrong."""
+
+    def forward(call, inputs, cotangent):
+        with torch.no_grad():
+            return (call(),)
+
+    def forward_backward(call, inputs, cotangent):
+        out = call()
+        return out, *torch.autograd.grad(out, inputs, cotangent)
+
+    def measure_pass(run):
+        call, inputs = PEERS[peer](shape)
+        cotangent = torch.randn_like(call())
+        return _measure_call(lambda: run(call, inputs, cotangent), repeats, seconds)
+
+    passes = {"forward": forward, "forward_backward": forward_backward}
+    return {name: attempt(lambda run=run: measure_pass(run), Exception) for name, run in passes.items()}
+
+
+def _measure_call(call: Callable[[], tuple], repeats: int, seconds: float) -> dict[str, float]:
+    """Milliseconds of a call, and the peak of its memory beyond inputs and outputs in MiB."""
+    milliseconds = 1000 * time_calls(call, lambda _: torch.cuda.synchronize(), repeats=repeats, seconds=seconds)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    outputs = sum(x.nbytes for x in call())
+    return {"ms": milliseconds, "temp_mib": (torch.cuda.max_memory_allocated() - before - outputs) / 2**20}
+
+
+def compile_kernels(shape: Shape) -> None:
+    """Runs fla's op once, forward and backward; the tile sizes that win beside other processes are not kept."""
+    os.environ.setdefault("FLA_CACHE_RESULTS", "0")
+    call, inputs = fla(shape)
+    call().sum().backward(inputs=list(inputs))
+
+
+def _leaves(*arrays: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return tuple(x.to(torch.bfloat16).requires_grad_() for x in arrays)
