@@ -5,10 +5,18 @@ from gsa_jax.training.config import ConfigError, MeshConfig, OptimizerConfig, Tr
 from gsa_jax.training.data import DataConfig, DataError
 from gsa_jax.training.loop import NonFiniteError, TrainSummary, train
 from gsa_jax.training.loss import next_token_loss
-from gsa_jax.training.metrics import plot_curves, read_metrics
+from gsa_jax.training.metrics import plot_curves, read_metrics, speed
 from gsa_jax.training.optimizer import make_optimizer, make_schedule
 from gsa_jax.training.sharding import make_mesh, put_batch, shardings
-from gsa_jax.training.step import TrainState, init_state, make_eval_step, make_train_step
+from gsa_jax.training.step import (
+    TrainState,
+    compile_train_step,
+    compute_dtype,
+    init_params,
+    init_state,
+    make_eval_step,
+    make_train_step,
+)
 
 __all__ = [
     "CheckpointError",
@@ -22,6 +30,9 @@ __all__ = [
     "TrainConfig",
     "TrainState",
     "TrainSummary",
+    "compile_train_step",
+    "compute_dtype",
+    "init_params",
     "init_state",
     "load_model",
     "make_eval_step",
@@ -35,5 +46,6 @@ __all__ = [
     "read_metrics",
     "recipe",
     "shardings",
+    "speed",
     "train",
 ]

@@ -13,20 +13,20 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from gsa_jax.models import abstract_model, count_parameters
 from gsa_jax.training.checkpoint import Checkpoints
 from gsa_jax.training.config import ConfigError, TrainConfig, differences
 from gsa_jax.training.data import Batch, load_tokenizer, training_batches, validation_batches
-from gsa_jax.training.metrics import Console, MetricsLog, describe, peak_flops, plot_curves, read_metrics
+from gsa_jax.training.metrics import Console, MetricsLog, describe, plot_curves, read_metrics, speed
 from gsa_jax.training.optimizer import make_optimizer, make_schedule
-from gsa_jax.training.sharding import BATCH, make_mesh, put_batch
+from gsa_jax.training.sharding import make_mesh, put_batch
 from gsa_jax.training.step import (
     TrainState,
+    compile_train_step,
     compute_dtype,
     init_state,
     make_eval_step,
@@ -116,7 +116,7 @@ def _run(
         console.start(_description(config, mesh, first))
         schedule = make_schedule(config.optimizer, config.steps)
         train_step = make_train_step(graphdef, optimizer, schedule, config.accumulation)
-        train_step = _compile(train_step, like, (config.batch_size, config.length), mesh)
+        train_step = compile_train_step(train_step, like, (config.batch_size, config.length), mesh)
         begin = time.perf_counter()
         window, window_begin = [], begin
         while step < config.steps:
@@ -131,7 +131,8 @@ def _run(
 
             window = jax.device_get(window)
             _check_finite(window, step, checkpoints)
-            values = _summarize(window) | _speed(config, mesh, window, time.perf_counter() - window_begin)
+            tokens, seconds = sum(int(metrics["tokens"]) for metrics in window), time.perf_counter() - window_begin
+            values = _summarize(window) | speed(config.model, mesh, tokens / seconds)
             if evaluating:
                 values |= evaluate(eval_step, state, itertools.islice(validation(), config.eval_batches), mesh)
             log.write(step, values)
@@ -156,14 +157,6 @@ def evaluate(eval_step: Callable, state: TrainState, batches: Iterable[Batch], m
     }
 
 
-def _compile(train_step: Callable, like: TrainState, batch_shape: tuple[int, int], mesh: Mesh) -> Callable:
-    """The step for one device or many: the state stays where `like` has it, and its memory is used again."""
-    array = jax.ShapeDtypeStruct(batch_shape, jnp.int32, sharding=NamedSharding(mesh, BATCH))
-    batch = dict.fromkeys(("inputs", "targets", "segment_ids"), array)
-    placed = jax.tree.map(lambda x: x.sharding, like)
-    return jax.jit(train_step, donate_argnums=0, out_shardings=(placed, None)).lower(like, batch).compile()
-
-
 def _check_finite(window: list[dict[str, np.ndarray]], step: int, checkpoints: Checkpoints) -> None:
     """Raises NonFiniteError for the first bad one of the steps up to `step`, whose metrics are `window`."""
     for i, metrics in enumerate(window, step - len(window) + 1):
@@ -183,22 +176,6 @@ def _summarize(window: list[dict[str, np.ndarray]]) -> dict[str, float]:
         "grad_norm": float(window[-1]["grad_norm"]),
         "learning_rate": float(window[-1]["learning_rate"]),
     }
-
-
-def _speed(config: TrainConfig, mesh: Mesh, window: list[dict[str, np.ndarray]], seconds: float) -> dict[str, float]:
-    """Tokens per second over all devices and, for devices that tell, MFU and the peak memory of one in GiB.
-
-    MFU, the share of the peak rate that is used, counts six operations for every parameter that a token is multiplied
-    with, and nothing for what the mixers do between their projections.
-    """
-    values = {"tokens_per_second": sum(int(metrics["tokens"]) for metrics in window) / seconds}
-    device = mesh.local_devices[0]
-    if peak := peak_flops(device):
-        _, multiplied = count_parameters(config.model)
-        values["mfu"] = 6 * multiplied * values["tokens_per_second"] / (peak * mesh.size)
-    if memory := device.memory_stats():
-        values["memory_gib"] = memory["peak_bytes_in_use"] / 2**30
-    return values
 
 
 def _description(config: TrainConfig, mesh: Mesh, step: int) -> str:

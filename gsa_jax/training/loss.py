@@ -21,7 +21,7 @@ def next_token_loss(
 
     The logits are computed for a chunk of every row at a time and again in the backward pass, so memory holds
     [B, chunk_size, vocab] of them. What `logits` closes over gets its gradient summed over chunks in its own dtype,
-    float32 for parameters.
+    that of the parameters.
 
     Args:
       logits: the model's head, [B, t, D] -> [B, t, vocab] for any t.

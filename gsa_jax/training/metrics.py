@@ -11,6 +11,9 @@ import matplotlib.figure
 import rich.console
 import rich.progress
 import tensorboardX
+from jax.sharding import Mesh
+
+from gsa_jax.models import ModelConfig, count_parameters
 
 PEAK_FLOPS = {
     "A100": 312e12,
@@ -29,6 +32,22 @@ PEAK_FLOPS = {
 def peak_flops(device: jax.Device) -> float | None:
     """The peak bfloat16 rate of a device in FLOP/s, None if it is not a known one."""
     return next((rate for kind, rate in PEAK_FLOPS.items() if kind in device.device_kind), None)
+
+
+def speed(config: ModelConfig, mesh: Mesh, tokens_per_second: float) -> dict[str, float]:
+    """Tokens per second over all devices and, for devices that tell, MFU and the peak memory of one in GiB.
+
+    MFU, the share of the peak rate that is used, counts six operations for every parameter that a token is multiplied
+    with, and nothing for what the mixers do between their projections.
+    """
+    values = {"tokens_per_second": tokens_per_second}
+    device = mesh.local_devices[0]
+    if peak := peak_flops(device):
+        _, multiplied = count_parameters(config)
+        values["mfu"] = 6 * multiplied * tokens_per_second / (peak * mesh.size)
+    if memory := device.memory_stats():
+        values["memory_gib"] = memory["peak_bytes_in_use"] / 2**30
+    return values
 
 
 class MetricsLog:

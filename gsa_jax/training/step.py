@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from gsa_jax.models import LanguageModel, ModelConfig
 from gsa_jax.training.loss import next_token_loss
-from gsa_jax.training.sharding import shardings
+from gsa_jax.training.sharding import BATCH, shardings
 
 Batch = dict[str, jax.Array]
 
@@ -22,7 +22,7 @@ class TrainState(NamedTuple):
     step: jax.Array
     """steps taken so far, int32 scalar"""
     params: nnx.State
-    """parameters, float32"""
+    """parameters, float32 unless asked for otherwise"""
     opt_state: Any
     """the optimizer's state"""
 
@@ -34,16 +34,28 @@ def compute_dtype(name: str) -> jnp.dtype:
     return jnp.dtype(name)
 
 
+def init_params(config: ModelConfig, seed: int, dtype: jnp.dtype = jnp.float32) -> nnx.State:
+    """A new model's parameters."""
+    return jax.tree.map(lambda x: x.astype(dtype), nnx.state(LanguageModel(config, rngs=nnx.Rngs(seed))))
+
+
 def init_state(
-    config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int
+    config: ModelConfig,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    seed: int,
+    param_dtype: jnp.dtype = jnp.float32,
 ) -> tuple[Callable[[], TrainState], TrainState]:
     """How a run begins: a function that makes the first state, sharded from the start, and the state's shapes.
 
     The second is a TrainState of ShapeDtypeStructs with their shardings, which is also what a checkpoint needs.
+
+    Parameters in bfloat16, and with them gradients and moments, take half the memory, and small updates are lost in
+    their rounding: for comparisons with models that are trained that way.
     """
 
     def create() -> TrainState:
-        params = nnx.state(LanguageModel(config, rngs=nnx.Rngs(seed)))
+        params = init_params(config, seed, param_dtype)
         return TrainState(jnp.int32(0), params, optimizer.init(params))
 
     abstract = jax.eval_shape(create)
@@ -88,6 +100,16 @@ def make_train_step(
         return updated, {"loss": loss, "grad_norm": grad_norm, "learning_rate": learning_rate, "tokens": tokens}
 
     return train_step
+
+
+def compile_train_step(
+    train_step: Callable, like: TrainState, batch_shape: tuple[int, int], mesh: Mesh
+) -> jax.stages.Compiled:
+    """The step for one device or many: the state stays where `like` has it, and its memory is used again."""
+    array = jax.ShapeDtypeStruct(batch_shape, jnp.int32, sharding=NamedSharding(mesh, BATCH))
+    batch = dict.fromkeys(("inputs", "targets", "segment_ids"), array)
+    placed = jax.tree.map(lambda x: x.sharding, like)
+    return jax.jit(train_step, donate_argnums=0, out_shardings=(placed, None)).lower(like, batch).compile()
 
 
 def make_eval_step(graphdef: nnx.GraphDef) -> Callable[[nnx.State, Batch], dict[str, jax.Array]]:

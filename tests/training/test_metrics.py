@@ -4,7 +4,8 @@ from types import SimpleNamespace
 import matplotlib.image
 import pytest
 
-from gsa_jax.training import plot_curves, read_metrics
+from gsa_jax.models import count_parameters, preset
+from gsa_jax.training import plot_curves, read_metrics, speed
 from gsa_jax.training.metrics import Console, MetricsLog, describe, peak_flops
 
 
@@ -90,6 +91,20 @@ def test_metrics_for_people():
 )
 def test_peak_rates_of_known_devices(kind, rate):
     assert peak_flops(SimpleNamespace(device_kind=kind)) == rate
+
+
+def test_speed_counts_six_operations_a_parameter_of_the_peak_of_all_devices():
+    device = SimpleNamespace(device_kind="NVIDIA H200", memory_stats=lambda: {"peak_bytes_in_use": 3 * 2**30})
+    mesh = SimpleNamespace(local_devices=[device], size=4)
+    _, multiplied = count_parameters(preset("gsa-340m"))
+    expected = {"tokens_per_second": 1e5, "mfu": 6 * multiplied * 1e5 / (4 * 990e12), "memory_gib": 3}
+    assert speed(preset("gsa-340m"), mesh, 1e5) == pytest.approx(expected)
+
+
+def test_devices_that_do_not_tell_have_tokens_per_second_alone():
+    device = SimpleNamespace(device_kind="cpu", memory_stats=lambda: None)
+    mesh = SimpleNamespace(local_devices=[device], size=1)
+    assert speed(preset("tiny"), mesh, 1e3) == {"tokens_per_second": 1e3}
 
 
 def test_the_plot_is_a_picture_also_without_validation(tmp_path):

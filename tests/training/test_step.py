@@ -9,6 +9,7 @@ from gsa_jax.models import LanguageModel, abstract_model, preset
 from gsa_jax.training import (
     MeshConfig,
     OptimizerConfig,
+    compile_train_step,
     init_state,
     make_eval_step,
     make_mesh,
@@ -86,6 +87,25 @@ def test_a_step_that_is_not_finite_changes_nothing_and_tells(state, step, batch)
     assert not np.isfinite(metrics["loss"])
     for new, old in zip(jax.tree.leaves(after), jax.tree.leaves(bad), strict=True):
         np.testing.assert_array_equal(new, old)
+
+
+def test_parameters_in_bfloat16_train_and_stay_bfloat16(state, step, batch):
+    optimizer, schedule = make_optimizer(OPTIMIZER, steps=10), make_schedule(OPTIMIZER, steps=10)
+    create, like = init_state(MODEL, optimizer, make_mesh(MeshConfig()), 1, jnp.bfloat16)
+    first = create()
+    for mine, full in zip(jax.tree.leaves(first.params), jax.tree.leaves(state.params), strict=True):
+        np.testing.assert_array_equal(mine, full.astype(jnp.bfloat16))
+    graphdef, _ = nnx.split(abstract_model(MODEL, dtype=jnp.bfloat16))
+    low_precision_step = compile_train_step(
+        make_train_step(graphdef, optimizer, schedule), like, batch["inputs"].shape, make_mesh(MeshConfig())
+    )
+    _, metrics_of_full = step(state, batch)
+    after, metrics = low_precision_step(first, batch)
+    assert rel_err(metrics["loss"], metrics_of_full["loss"]) < 1e-2
+    assert rel_err(metrics["grad_norm"], metrics_of_full["grad_norm"]) < 3e-2
+    assert {x.dtype.name for x in jax.tree.leaves(after)} == {"bfloat16", "int32"}
+    _, metrics_after = low_precision_step(after, batch)
+    assert metrics_after["loss"] < metrics["loss"]
 
 
 def test_the_step_of_the_tiny_model_lowers_for_tpus():
