@@ -67,7 +67,7 @@ def main(config: Config) -> dict[str, Any]:
     with_peers = on_gpu and dtype == "bfloat16" and config.peers != "none"
     result = provenance("experiments.benchmarks.ops") | {"dtype": dtype, "peers": None, "rows": []}
     if isinstance(config.peers, Path):
-        result["peers"] = peers.read(config.peers, result["device"], dtype)
+        result["peers"] = peers.read(config.peers, device=result["device"], dtype=dtype)
     elif with_peers and peers.installed("torch"):
         result["peers"] = measure_peers(cases, config)
     result["copy_bytes_per_second"] = copy_rate() if on_gpu else None

@@ -88,19 +88,19 @@ def side_by_side(compile_kernels, shapes: list[Shape]) -> None:
         process.join()
 
 
-def read(file: Path, device: str, dtype: str) -> dict[str, Any]:
-    """What this script, or `experiments.benchmarks.ops`, wrote into `file`: the peers' times and where they come from.
+def read(file: Path, **here: str) -> dict[str, Any]:
+    """A peer's numbers and where they come from, as this script or `experiments.benchmarks.ops` wrote them into `file`.
 
     Raises:
-      ValueError: they are of another kind of device than `device` or of another dtype, or the file holds none.
+      ValueError: there are none, or their device (in kind) or another of the facts in `here` is not what it is here.
     """
     record = json.loads(file.read_text())
     record = record.get("peers", record)
-    if not record or "dtype" not in record:
-        raise ValueError(f"{file}: there are no times of peers in it")
-    for name, here in (("device", device), ("dtype", dtype)):
-        if _kind(record[name]) != _kind(here):
-            raise ValueError(f"{file}: the peers' {name} is {record[name]}, and here it is {here}")
+    if not record:
+        raise ValueError(f"{file}: there are no numbers of peers in it")
+    for fact, value in here.items():
+        if _kind(record.get(fact, "unknown")) != _kind(value):
+            raise ValueError(f"{file}: the peers' {fact} is {record.get(fact, 'unknown')}, and here it is {value}")
     return record | {"file": str(file)}
 
 

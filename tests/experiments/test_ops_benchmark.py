@@ -37,7 +37,7 @@ def result():
         "versions": {"jax": "0.12"},
         "dtype": "bfloat16",
         "copy_bytes_per_second": 4e12,
-        "peers": peers.read(RECORDED, "1 x NVIDIA H200", "bfloat16"),
+        "peers": peers.read(RECORDED, device="1 x NVIDIA H200", dtype="bfloat16"),
         "rows": [
             row("gsa-512-2k", "pallas", 0.29, 1.32),
             row("gsa-512-8k", "pallas", 0.28, "not enough memory"),
@@ -133,7 +133,7 @@ def test_the_plot_shows_the_cases_that_differ_in_length_alone(result):
 
 
 def test_the_recorded_peers_are_those_of_the_design_page():
-    record = peers.read(RECORDED, "2 x NVIDIA H200", "bfloat16")
+    record = peers.read(RECORDED, device="2 x NVIDIA H200")
     times = {(row["case"], row["by"]): row for row in record["rows"]}
     assert times.keys() <= {(case, by) for case in SHAPES for by in ("fla", "torch flash")}
     assert times["gsa-512-2k", "fla"]["forward"]["ms"] == 0.87  # the least of 0.87 to 1.06
@@ -150,14 +150,14 @@ def test_the_recorded_peers_are_those_of_the_design_page():
 )
 def test_peers_of_another_device_or_dtype_are_refused(device, dtype, message):
     with pytest.raises(ValueError, match=message):
-        peers.read(RECORDED, device, dtype)
+        peers.read(RECORDED, device=device, dtype=dtype)
 
 
 def test_a_file_without_peers_is_refused(tmp_path):
     file = tmp_path / "result.json"
     file.write_text(json.dumps({"peers": None, "rows": []}))
-    with pytest.raises(ValueError, match="no times of peers"):
-        peers.read(file, "cpu", "float32")
+    with pytest.raises(ValueError, match="no numbers of peers"):
+        peers.read(file)
 
 
 def test_peers_compile_once_for_shapes_that_differ_in_batch_and_length(tmp_path):

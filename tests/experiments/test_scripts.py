@@ -23,6 +23,9 @@ import pytest
         (["mqar", "--vocab-size", "0"], "vocab_size must be at least 1, got 0"),
         (["benchmarks.ops", "--cases", "gsa-63"], "unknown cases: gsa-63; known are gsa-512-1k, gsa-512-2k"),
         (["benchmarks.ops", "--peers", "/nowhere.json", "--quick"], "/nowhere.json"),
+        (["benchmarks.model", "--cases", "8by2048"], "cases: got '8by2048', expected rows x tokens, such as 8x2048"),
+        (["benchmarks.model", "--preset", "gsa-9b"], "preset must be one of tiny"),
+        (["benchmarks.model", "--repeats", "0"], "repeats must be at least 1, got 0"),
         (["benchmarks.peers", "gsa-63"], "unknown cases: gsa-63; known are gsa-512-1k, gsa-512-2k"),
     ],
 )
