@@ -80,7 +80,8 @@ def draw(result: dict[str, Any]) -> matplotlib.figure.Figure:
     axes.set_ylabel("training, tokens/s")
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    if axes.lines:
+        axes.legend(frameon=False)
     axes.set_title(title(result), fontsize=10)
     return figure
 
