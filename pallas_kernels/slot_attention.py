@@ -1,0 +1,107 @@
+"""Gated Slot Attention on Hopper GPUs: the kernels strung together, forward and backward."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.gates import chunk_gates
+from pallas_kernels.gates_backward import gates_backward
+from pallas_kernels.slot_read import slot_read
+from pallas_kernels.slot_read_backward import slot_read_backward
+from pallas_kernels.states import chunk_states
+from pallas_kernels.tiles import SIZE
+from pallas_kernels.write_backward import write_backward
+
+
+def gated_slot_attention(q, k, v, log_decay, write, keys, values, *, scale):
+    """The op of `gsa_jax.ops.gated_slot_attention`, from and to states: (out, keys, values).
+
+    Args:
+      q: [B, T, H, K], bfloat16 or float16, K and V multiples of 64.
+      k, v: [B, T, G, K], [B, T, G, V] of the same dtype.
+      log_decay: [B, T, G, M], M at most 64.
+      write: [B, T, G, M], or None for 1 - exp(log_decay), which then is never in memory.
+      keys, values: the states that the first token finds, [B, G, M, K], [B, G, M, V] in float32.
+    """
+    length, num_slots = log_decay.shape[1], log_decay.shape[3]
+    tokens, slots = -length % 8, SIZE - num_slots  # the memory engine copies tiles of 8 tokens
+    q, k, v, log_decay, write = (
+        x if x is None else jnp.pad(x, ((0, 0), (0, tokens), (0, 0), (0, 0))) for x in (q, k, v, log_decay, write)
+    )
+    log_decay, write = (x if x is None else jnp.pad(x, ((0, 0),) * 3 + ((0, slots),)) for x in (log_decay, write))
+    keys, values = (jnp.pad(x, ((0, 0), (0, 0), (0, slots), (0, 0))) for x in (keys, values))
+    out, keys, values = _attention(q, k, v, log_decay, write, keys, values, scale, num_slots)
+    return out[:, :length], keys[:, :, :num_slots], values[:, :, :num_slots]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8))
+def _attention(q, k, v, log_decay, write, keys, values, scale, num_slots):
+    return _forward(q, k, v, log_decay, write, keys, values, scale, num_slots, residuals=False)[0]
+
+
+def _forward(q, k, v, log_decay, write, keys, values, scale, num_slots, residuals=True):
+    parts, key, kept = chunk_gates(log_decay, write, q.dtype)
+    keys, last_keys = chunk_states(k, key, kept, keys)
+    values, last_values = chunk_states(v, key, kept, values)
+    out, *read = slot_read(
+        q, k, v, parts, write, keys, values, scale=scale, num_slots=num_slots, residuals=residuals
+    )
+    return (out, last_keys, last_values), (q, k, v, jnp.zeros((), log_decay.dtype), write, parts, key, kept, keys, values, read)
+
+
+def _backward(scale, num_slots, saved, cotangents):
+    q, k, v, like_log_decay, write, parts, key, kept, keys, values, read = saved
+    d_out, d_last_keys, d_last_values = cotangents
+    key_scores, value_scores, p, key_before = read
+    num_groups = k.shape[2]
+    per_head = q.shape[2] // num_groups
+    gates_dtype = like_log_decay.dtype if per_head == 1 else jnp.float32
+
+    dq, d_value_scores, d_value_before, ds, d_key_scores, key_reading, value_reading = slot_read_backward(
+        d_out, k, v, parts, write, keys, values, p, scale=scale
+    )
+    d_keys, d_first_keys, keys_dot = chunk_states(
+        q, key_reading, kept, _to_first_head(d_last_keys, per_head), other=keys, reverse=True
+    )
+    d_values, d_first_values, values_dot = chunk_states(
+        d_out, value_reading, kept, _to_first_head(d_last_values, per_head), other=values, reverse=True
+    )
+    d_kept = jnp.repeat(kept, per_head, axis=1) * (keys_dot.sum(3) + values_dot.sum(3))
+    d_key, dk, dv = write_backward(
+        ((k, q, d_key_scores, d_keys), (v, d_out, value_scores, d_values)), key
+    )
+    d_log_decay, *d_write = gates_backward(
+        ((key_scores, key_before, ds), (d_value_scores, d_value_before, p)), parts, write, d_key, d_kept, out_dtype=gates_dtype
+    )
+    over_heads = functools.partial(_over_heads, per_head=per_head)
+    d_write = None if write is None else over_heads(d_write[0], 2)
+    return (
+        dq,
+        over_heads(dk, 2),
+        over_heads(dv, 2),
+        over_heads(d_log_decay, 2).astype(like_log_decay.dtype),
+        d_write,
+        over_heads(d_first_keys, 1),
+        over_heads(d_first_values, 1),
+    )
+
+
+def _to_first_head(x, per_head):
+    """[B, G, ...] -> [B, H, ...]: the gradient of what the heads of a group share, once."""
+    if per_head == 1:
+        return x
+    return jnp.pad(x[:, :, None], ((0, 0), (0, 0), (0, per_head - 1)) + ((0, 0),) * (x.ndim - 2)).reshape(
+        x.shape[0], -1, *x.shape[2:]
+    )
+
+
+def _over_heads(x, axis, *, per_head):
+    """Sums the gradients of the heads of a group: [..., H, ...] -> [..., G, ...]."""
+    if per_head == 1:
+        return x
+    split = x.reshape(*x.shape[:axis], -1, per_head, *x.shape[axis + 1 :])
+    return split.sum(axis + 1, dtype=jnp.float32).astype(x.dtype)
+
+
+_attention.defvjp(_forward, _backward)
