@@ -31,7 +31,7 @@ def chunk_gates(log_decay, write, dtype, interpret=None):
         b, gm, n = chunk
         g, slots = lax.div(gm, num_slots // SIZE), pl.ds(lax.rem(gm, num_slots // SIZE) * SIZE, SIZE)
         here = (b, pl.ds(n * SIZE, SIZE), g, slots)
-        gates, parts = memory["gates"], [memory["parts"].at[i] for i in range(num_parts)]
+        gates, (*parts, ones) = memory["gates"], [memory["parts"].at[i] for i in range(num_parts + 1)]
         plgpu.copy_gmem_to_smem(log_decay_ref.at[here], gates, arrived["all"])
         for ref in write_refs:
             plgpu.copy_gmem_to_smem(ref.at[here], memory["write"], arrived["all"])
@@ -40,11 +40,15 @@ def chunk_gates(log_decay, write, dtype, interpret=None):
         for i, part in enumerate(parts):
             part[...] = rest.astype(decays.PARTS_DTYPE)
             rest -= rest.astype(decays.PARTS_DTYPE).astype(jnp.float32)
-            plgpu.commit_smem()
+        ones[...] = jnp.ones_like(log_decay).astype(ones.dtype)
+        plgpu.commit_smem()
+        for i, part in enumerate(parts):
             plgpu.copy_smem_to_gmem(part, parts_ref.at[(i, *here)])
-        memory["kept"][...] = jnp.exp(log_decay.sum(axis=0))
         strength = tiles.load(memory["write"]) if write_refs else decays.write_strength(log_decay)
         memory["key"][...] = (strength * decays.after(parts)).astype(dtype)
+        # A product with ones, since sums over the rows of a tile would go through memory that warpgroups share.
+        total = tiles.product(*((tiles.transposed(part), ones) for part in parts))
+        memory["kept"][...] = jnp.exp(total.max(axis=1))
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(memory["key"], key_ref.at[here])
         plgpu.copy_smem_to_gmem(memory["kept"], kept_ref.at[b, g, n, slots])
@@ -52,13 +56,14 @@ def chunk_gates(log_decay, write, dtype, interpret=None):
 
     memory = {
         "gates": (SQUARE, log_decay.dtype),
-        "parts": ((num_parts, *SQUARE), decays.PARTS_DTYPE),
+        "parts": ((num_parts + 1, *SQUARE), decays.PARTS_DTYPE),
         "key": (SQUARE, dtype),
         "kept": ((SIZE,), jnp.float32),
     }
     if write is not None:
         memory["write"] = (SQUARE, write.dtype)
     return tiles.chunk_kernel(
+        "chunk_gates",
         body,
         ((num_parts, *log_decay.shape), decays.PARTS_DTYPE),
         (log_decay.shape, dtype),

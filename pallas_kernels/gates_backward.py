@@ -113,6 +113,7 @@ def gates_backward(reads, parts, write, d_key, d_kept, *, out_dtype, interpret=N
         memory["write"] = (SQUARE, dtype)
         outputs.append((per_token, dtype))
     return tiles.chunk_kernel(
+        "gates_backward",
         body,
         *outputs,
         shape=(batch_size, num_heads, d_kept.shape[2]),

@@ -133,6 +133,7 @@ def slot_read(q, k, v, parts, write, keys, values, *, scale, num_slots, residual
     if residuals:
         outputs += [((batch_size, length, num_heads, SIZE), dtype)] * 4
     return tiles.chunk_kernel(
+        "slot_read",
         body,
         *outputs,
         shape=(batch_size, num_heads, keys.shape[2]),

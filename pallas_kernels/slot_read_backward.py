@@ -127,6 +127,7 @@ def slot_read_backward(d_out, k, v, parts, write, keys, values, p, *, scale, int
         memory["write"] = (SQUARE, dtype)
     per_token = (batch_size, length, num_heads, SIZE)
     return tiles.chunk_kernel(
+        "slot_read_backward",
         body,
         ((batch_size, length, num_heads, key_size), dtype),
         *[(per_token, dtype)] * 6,

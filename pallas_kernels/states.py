@@ -113,6 +113,7 @@ def chunk_states(x, key, kept, initial, *, other=None, reverse=False, interpret=
     if other is not None:
         outputs.append(((batch_size, num_heads, num_chunks, num_blocks, num_slots), jnp.float32))
     return tiles.kernel(
+        "chunk_states" + "_reversed" * reverse,
         body,
         *outputs,
         grid={"bh": batch_size * num_heads, "m": num_slots // SIZE, "d": num_blocks},

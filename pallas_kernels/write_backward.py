@@ -82,6 +82,7 @@ def write_backward(memories, key, interpret=None):
         plgpu.wait_smem_to_gmem(0)
 
     return tiles.chunk_kernel(
+        "write_backward",
         body,
         ((batch_size, length, num_heads, SIZE), dtype),
         *[((batch_size, length, num_heads, x.shape[-1]), dtype) for x, *_ in memories],
