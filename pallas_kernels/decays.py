@@ -1,18 +1,17 @@
 """Forget gates inside a chunk, by halving.
 
-As in `gsa_jax.ops.chunked`: a chunk of 64 tokens is halved again and again; the pair of tokens j < i parts at exactly one
-level, where j is in the earlier and i in the later half of one block, and the product of the gates between them is
+As in `gsa_jax.ops.chunked`: a chunk of 64 tokens is halved again and again; the pair of tokens j < i parts at exactly
+one level, where j is in the earlier and i in the later half of one block, and the product of the gates between them is
 
     D_ij = prod(a[border..i]) · prod(a[j+1..border-1]),
 
-a row's factor times a column's, both in [0, 1]. The logarithms of a level's factors are one product of a constant matrix
-of zeros and ones with the log decays: no difference is ever taken, so that any decay is exact.
+a row's factor times a column's, both in [0, 1]. The logarithms of a level's factors are one product of a constant
+matrix of zeros and ones with the log decays: no difference is ever taken, so that any decay is exact.
 """
 
 import jax.numpy as jnp
 from jax import lax
 
-import jax.experimental.pallas.mosaic_gpu as plgpu
 from pallas_kernels.tiles import SIZE, along_rows, load, product, row_and_column, transposed
 
 LEVELS = 6
@@ -98,8 +97,8 @@ def each_level(body, initial):
 
 def _window_sums(start, stop, terms):
     """Σ of the terms of tokens start_i .. stop_i - 1, float32; every term is the sum of tiles in shared memory."""
-    _, l = row_and_column()
-    window = jnp.where((l >= start) & (l < stop), 1.0, 0.0).astype(terms[0].dtype)
+    _, j = row_and_column()
+    window = jnp.where((j >= start) & (j < stop), 1.0, 0.0).astype(terms[0].dtype)
     return product(*((window, term) for term in terms))
 
 

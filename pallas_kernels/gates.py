@@ -37,7 +37,7 @@ def chunk_gates(log_decay, write, dtype, interpret=None):
             plgpu.copy_gmem_to_smem(ref.at[here], memory["write"], arrived["all"])
         plgpu.barrier_wait(arrived["all"])
         log_decay = rest = jnp.maximum(tiles.load(gates), decays.STRONGEST)
-        for i, part in enumerate(parts):
+        for part in parts:
             part[...] = rest.astype(decays.PARTS_DTYPE)
             rest -= rest.astype(decays.PARTS_DTYPE).astype(jnp.float32)
         ones[...] = jnp.ones_like(log_decay).astype(ones.dtype)

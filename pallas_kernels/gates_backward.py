@@ -15,8 +15,8 @@ FACTORS, ACROSS, LATER = 0, 1, 2
 def gates_backward(reads, parts, write, d_key, d_kept, *, out_dtype, interpret=None):
     """Gradients of the log decays and of the write strengths, from two reads of states written with the same gates.
 
-    Each read is y_i = prod(a[first..i]) ⊙ H x_i + Σ_{j<=i} A_ij w_j ⊙ D_ij, and dy its gradient. Every factor in it is the
-    exponential of a sum of log decays: here the gradients of these sums are formed and added up over time.
+    Each read is y_i = prod(a[first..i]) ⊙ H x_i + Σ_{j<=i} A_ij w_j ⊙ D_ij, and dy its gradient. Every factor in it is
+    the exponential of a sum of log decays: here the gradients of these sums are formed and added up over time.
 
     Args:
       reads: two of (A [B, T, H, 64] by the tokens of the chunk, prod(a) ⊙ H x [B, T, H, 64], dy [B, T, H, 64]).

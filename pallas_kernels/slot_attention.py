@@ -14,6 +14,18 @@ from pallas_kernels.tiles import SIZE
 from pallas_kernels.write_backward import write_backward
 
 
+def misfit(q, k, v, log_decay):
+    """Why the kernels can't take such arguments, None if they can."""
+    if q.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"q, k and v must be bfloat16 or float16, got {q.dtype}"
+    for name, size in (("K", k.shape[-1]), ("V", v.shape[-1])):
+        if size % SIZE:
+            return f"{name} must be a multiple of {SIZE}, got {name}={size}"
+    if log_decay.shape[-1] > SIZE:
+        return f"M must be at most {SIZE}, got M={log_decay.shape[-1]}"
+    return None
+
+
 def gated_slot_attention(q, k, v, log_decay, write, keys, values, *, scale):
     """The op of `gsa_jax.ops.gated_slot_attention`, from and to states: (out, keys, values).
 
@@ -44,14 +56,13 @@ def _forward(q, k, v, log_decay, write, keys, values, scale, num_slots, residual
     parts, key, kept = chunk_gates(log_decay, write, q.dtype)
     keys, last_keys = chunk_states(k, key, kept, keys)
     values, last_values = chunk_states(v, key, kept, values)
-    out, *read = slot_read(
-        q, k, v, parts, write, keys, values, scale=scale, num_slots=num_slots, residuals=residuals
-    )
-    return (out, last_keys, last_values), (q, k, v, jnp.zeros((), log_decay.dtype), write, parts, key, kept, keys, values, read)
+    out, *read = slot_read(q, k, v, parts, write, keys, values, scale=scale, num_slots=num_slots, residuals=residuals)
+    gates = (jnp.zeros((), log_decay.dtype), write, parts, key, kept)
+    return (out, last_keys, last_values), (q, k, v, gates, keys, values, read)
 
 
 def _backward(scale, num_slots, saved, cotangents):
-    q, k, v, like_log_decay, write, parts, key, kept, keys, values, read = saved
+    q, k, v, (like_log_decay, write, parts, key, kept), keys, values, read = saved
     d_out, d_last_keys, d_last_values = cotangents
     key_scores, value_scores, p, key_before = read
     num_groups = k.shape[2]
@@ -68,11 +79,14 @@ def _backward(scale, num_slots, saved, cotangents):
         d_out, value_reading, kept, _to_first_head(d_last_values, per_head), other=values, reverse=True
     )
     d_kept = jnp.repeat(kept, per_head, axis=1) * (keys_dot.sum(3) + values_dot.sum(3))
-    d_key, dk, dv = write_backward(
-        ((k, q, d_key_scores, d_keys), (v, d_out, value_scores, d_values)), key
-    )
+    d_key, dk, dv = write_backward(((k, q, d_key_scores, d_keys), (v, d_out, value_scores, d_values)), key)
     d_log_decay, *d_write = gates_backward(
-        ((key_scores, key_before, ds), (d_value_scores, d_value_before, p)), parts, write, d_key, d_kept, out_dtype=gates_dtype
+        ((key_scores, key_before, ds), (d_value_scores, d_value_before, p)),
+        parts,
+        write,
+        d_key,
+        d_kept,
+        out_dtype=gates_dtype,
     )
     over_heads = functools.partial(_over_heads, per_head=per_head)
     d_write = None if write is None else over_heads(d_write[0], 2)

@@ -19,7 +19,7 @@ def slot_read_backward(d_out, k, v, parts, write, keys, values, p, *, scale, int
 
         dA'_ij = do_i·v_j
         dp_i = prod(a[first..i]) ⊙ Vmem do_i  +  Σ_{j<=i} dA'_ij w_j ⊙ D_ij
-        ds_i = scale · p_i ⊙ (dp_i - p_i·dp_i)                                  ds: gradient of the logits before scaling
+        ds_i = scale · p_i ⊙ (dp_i - p_i·dp_i)                      (of the logits before they are scaled)
         B_ij = Σ_m ds_im w_jm D_ijm
         dq_i = Kmemᵀ (prod(a[first..i]) ⊙ ds_i)  +  Σ_{j<=i} B_ij k_j
 
@@ -122,7 +122,12 @@ def slot_read_backward(d_out, k, v, parts, write, keys, values, p, *, scale, int
             plgpu.copy_smem_to_gmem(dq, dq_ref.at[b, tokens, h, pl.ds(step * SIZE, SIZE)])
         plgpu.wait_smem_to_gmem(0)
 
-    memory = {"pool": ((7, *SQUARE), dtype), "parts": ((num_parts, *SQUARE), decays.PARTS_DTYPE), "p": (SQUARE, dtype), "out": (SQUARE, dtype)}
+    memory = {
+        "pool": ((7, *SQUARE), dtype),
+        "parts": ((num_parts, *SQUARE), decays.PARTS_DTYPE),
+        "p": (SQUARE, dtype),
+        "out": (SQUARE, dtype),
+    }
     if write is not None:
         memory["write"] = (SQUARE, dtype)
     per_token = (batch_size, length, num_heads, SIZE)

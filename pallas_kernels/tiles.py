@@ -7,9 +7,9 @@ one float32 array spread over a warpgroup. All names here speak of one tile.
 import math
 
 import jax
+import jax.experimental.mosaic.gpu as mgpu
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
-import jax.experimental.mosaic.gpu as mgpu
 import jax.numpy as jnp
 from jax import lax
 from jaxlib.mlir import ir

@@ -87,7 +87,12 @@ def write_backward(memories, key, interpret=None):
         ((batch_size, length, num_heads, SIZE), dtype),
         *[((batch_size, length, num_heads, x.shape[-1]), dtype) for x, *_ in memories],
         shape=(batch_size, num_heads, memories[0][3].shape[2]),
-        memory={"ring": ((3 * STAGES, *SQUARE), dtype), "scores": (SQUARE, dtype), "key": (SQUARE, dtype), "out": (SQUARE, dtype)},
+        memory={
+            "ring": ((3 * STAGES, *SQUARE), dtype),
+            "scores": (SQUARE, dtype),
+            "key": (SQUARE, dtype),
+            "out": (SQUARE, dtype),
+        },
         arrivals={**{f"step{slot}": 3 for slot in range(STAGES)}, "scores": 1, "key": 1},
         interpret=interpret,
     )(*operands)

@@ -65,19 +65,20 @@ def check_chunk_size(chunk_size):
         raise ValueError(f"chunk_size must be a power of two or None, got {chunk_size!r}")
 
 
-def select(implementation, implementations):
-    """The implementation of that name; the chunked one for None. Raises for names that are unknown or not yet there."""
+def select(implementation, implementations, misfit):
+    """The name of the implementation to run: the one asked for, for None the fastest that fits.
+
+    `misfit` says why "pallas" does not fit, or is None. Raises if "pallas" is asked for and does not fit, and for names
+    that are unknown.
+    """
     if implementation is None:
-        return implementations["chunked"]
-    if implementation == "pallas" and "pallas" not in implementations:
-        raise NotImplementedError(
-            "implementation='pallas': the Pallas GPU kernels are not part of this version; "
-            "use implementation='chunked', or None for the fastest that fits"
-        )
+        return "chunked" if misfit else "pallas"
     if implementation not in implementations:
         known = ", ".join(map(repr, implementations))
         raise ValueError(f"implementation must be one of {known} or None, got {implementation!r}")
-    return implementations[implementation]
+    if implementation == "pallas" and misfit:
+        raise ValueError(f"implementation='pallas': {misfit}")
+    return implementation
 
 
 def zero_state(shape, dtype, like):

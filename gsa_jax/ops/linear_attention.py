@@ -14,7 +14,8 @@ from gsa_jax.ops.arguments import (
     zero_state,
 )
 
-_IMPLEMENTATIONS = {"scan": scan.gated_linear_attention, "chunked": chunked.gated_linear_attention}
+_IMPLEMENTATIONS = {"scan": scan.gated_linear_attention, "chunked": chunked.gated_linear_attention, "pallas": None}
+_PALLAS_MISFIT = "the kernels for Hopper GPUs know gated slot attention only so far; use 'chunked' or None"
 
 
 def gated_linear_attention(
@@ -45,13 +46,12 @@ def gated_linear_attention(
 
     Raises:
       TypeError, ValueError: an argument has the wrong dtype, shape or value; the message names it.
-      NotImplementedError: `implementation="pallas"`.
     """
     leading, num_groups, key_size, value_size = check_qkv(q, k, v)
     _check_log_decay(log_decay, leading, num_groups, key_size)
     check_segment_ids(segment_ids, leading)
     check_chunk_size(chunk_size)
-    run = select(implementation, _IMPLEMENTATIONS)
+    implementation = select(implementation, _IMPLEMENTATIONS, _PALLAS_MISFIT)
 
     dtype = state_dtype(q, log_decay)
     shape = {"B": q.shape[0], "G": num_groups, "K": key_size, "V": value_size}
@@ -61,8 +61,9 @@ def gated_linear_attention(
 
     log_decay = forget_at_document_starts(log_decay.astype(dtype), segment_ids)
     scale = key_size**-0.5 if scale is None else scale
-    options = {"chunk_size": chunk_size} if run is chunked.gated_linear_attention else {}
+    options = {"chunk_size": chunk_size} if implementation == "chunked" else {}
     q = group_heads(q, num_groups)
+    run = _IMPLEMENTATIONS[implementation]
     out, state = run(q, k, v, log_decay, scale=scale, initial_state=initial_state.astype(dtype), **options)
     return ungroup_heads(out), state
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from gsa_jax.ops import chunked, scan
+from gsa_jax.ops import chunked, pallas, scan
 from gsa_jax.ops.arguments import (
     check_array,
     check_chunk_size,
@@ -19,7 +19,11 @@ from gsa_jax.ops.arguments import (
     zero_state,
 )
 
-_IMPLEMENTATIONS = {"scan": scan.gated_slot_attention, "chunked": chunked.gated_slot_attention}
+_IMPLEMENTATIONS = {
+    "scan": scan.gated_slot_attention,
+    "chunked": chunked.gated_slot_attention,
+    "pallas": pallas.gated_slot_attention,
+}
 
 
 class SlotState(NamedTuple):
@@ -65,8 +69,9 @@ def gated_slot_attention(
       segment_ids: integers [B, T]. Where the id changes from one token to the next a new document begins with an
         empty memory; outputs and gradients of a document equal those of running it alone. The row's first document
         goes on from `initial_state`; the returned state belongs to the row's last document.
-      implementation: "scan" (two `lax.scan`s over tokens, the definition), "chunked" (matrix products, any platform)
-        or None, the fastest that fits.
+      implementation: "scan" (two `lax.scan`s over tokens, the definition), "chunked" (matrix products, any platform),
+        "pallas" (kernels for Hopper GPUs: bfloat16 or float16, K and V multiples of 64, M at most 64) or None, the
+        fastest that fits.
       chunk_size: tokens in a chunk of "chunked", a power of two; by default chosen for the platform. Changes speed
         and memory, not results.
 
@@ -75,8 +80,8 @@ def gated_slot_attention(
       so are all products for float32 inputs; lower-precision inputs are multiplied as they are and summed in float32.
 
     Raises:
-      TypeError, ValueError: an argument has the wrong dtype, shape or value; the message names it.
-      NotImplementedError: `implementation="pallas"`.
+      TypeError, ValueError: an argument has the wrong dtype, shape or value, or does not fit the implementation asked
+        for; the message names it.
     """
     leading, num_groups, key_size, value_size = check_qkv(q, k, v)
     check_array("log_decay", log_decay, leading | {"G": num_groups, "M": None})
@@ -85,7 +90,8 @@ def gated_slot_attention(
         check_array("write", write, leading | slots)
     check_segment_ids(segment_ids, leading)
     check_chunk_size(chunk_size)
-    run = select(implementation, _IMPLEMENTATIONS)
+    misfit = pallas.slot_attention_misfit(q, k, v, log_decay, chunk_size)
+    implementation = select(implementation, _IMPLEMENTATIONS, misfit)
 
     dtype = state_dtype(q, log_decay)
     if initial_state is None:
@@ -96,12 +102,16 @@ def gated_slot_attention(
         )
     state = _check_state(initial_state, {"B": q.shape[0]} | slots, key_size, value_size, dtype)
 
+    run, options = _IMPLEMENTATIONS[implementation], {"scale": scale, "initial_state": state}
+    if implementation == "pallas":
+        out, state = run(q, k, v, log_decay, write, segment_ids=segment_ids, **options)
+        return out, SlotState(*state)
     log_decay = log_decay.astype(dtype)
     write = write_strength(log_decay) if write is None else write
     log_decay = forget_at_document_starts(log_decay, segment_ids)
-    options = {"chunk_size": chunk_size} if run is chunked.gated_slot_attention else {}
-    q = group_heads(q, num_groups)
-    out, state = run(q, k, v, log_decay, write, scale=scale, initial_state=state, **options)
+    if implementation == "chunked":
+        options["chunk_size"] = chunk_size
+    out, state = run(group_heads(q, num_groups), k, v, log_decay, write, **options)
     return ungroup_heads(out), SlotState(*state)
 
 

@@ -56,9 +56,9 @@ IN_BOTH = [
     (
         {"implementation": "triton"},
         ValueError,
-        "implementation must be one of 'scan', 'chunked' or None, got 'triton'",
+        "implementation must be one of 'scan', 'chunked', 'pallas' or None, got 'triton'",
     ),
-    ({"implementation": "pallas"}, NotImplementedError, "implementation='pallas': the Pallas GPU kernels are not part"),
+    ({"implementation": "pallas"}, ValueError, "implementation='pallas': the kernels"),
 ]
 
 

@@ -1,0 +1,40 @@
+"""The Hopper kernels of `pallas_kernels` behind the public functions: what fits them, and how arguments reach them."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+
+from gsa_jax.ops.arguments import forget_at_document_starts
+from pallas_kernels import slot_attention
+
+
+def slot_attention_misfit(q, k, v, log_decay, chunk_size):
+    """Why these arguments can't go to the kernels, as a sentence that names the argument; None if they can."""
+    return _call_misfit(chunk_size) or slot_attention.misfit(q, k, v, log_decay)
+
+
+def gated_slot_attention(q, k, v, log_decay, write, *, scale, initial_state, segment_ids):
+    """As `gsa_jax.ops.gated_slot_attention`, with the arguments in their own dtypes: (out, (keys, values))."""
+    if write is None and segment_ids is not None:
+        write = -jnp.expm1(log_decay.astype(jnp.float32))  # of the gates as given, not of those that start a document
+    write = write if write is None else write.astype(q.dtype)
+    log_decay = forget_at_document_starts(log_decay, segment_ids)
+    out, *state = slot_attention.gated_slot_attention(q, k, v, log_decay, write, *initial_state, scale=scale)
+    return out, tuple(state)
+
+
+def _call_misfit(chunk_size):
+    if chunk_size is not None:
+        return f"chunk_size={chunk_size} can't be chosen, the kernels' chunks have 64 tokens"
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.size > 1 and any(kind != jax.sharding.AxisType.Manual for kind in mesh.axis_types):
+        return f"XLA can't spread a kernel over the devices of the mesh {dict(mesh.shape)}: use jax.shard_map"
+    device = mesh.abstract_device.device_kind if mesh.abstract_device else _default_device()
+    if not re.search(r"\b(G?H[128]00|H20)\b", device):
+        return f"the kernels need a Hopper GPU, such as an H100 or H200, and the device is {device!r}"
+    return None
+
+
+def _default_device():
+    return jax.devices()[0].device_kind
