@@ -5,6 +5,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import arguments
+from pallas_kernels.arguments import over_heads, pad_tokens, to_first_head
 from pallas_kernels.gates import chunk_gates
 from pallas_kernels.gates_backward import gates_backward
 from pallas_kernels.slot_read import slot_read
@@ -16,14 +18,9 @@ from pallas_kernels.write_backward import write_backward
 
 def misfit(q, k, v, log_decay):
     """Why the kernels can't take such arguments, None if they can."""
-    if q.dtype not in (jnp.bfloat16, jnp.float16):
-        return f"q, k and v must be bfloat16 or float16, got {q.dtype}"
-    for name, size in (("K", k.shape[-1]), ("V", v.shape[-1])):
-        if size % SIZE:
-            return f"{name} must be a multiple of {SIZE}, got {name}={size}"
     if log_decay.shape[-1] > SIZE:
         return f"M must be at most {SIZE}, got M={log_decay.shape[-1]}"
-    return None
+    return arguments.misfit(q, k, v)
 
 
 def gated_slot_attention(q, k, v, log_decay, write, keys, values, *, scale):
@@ -37,10 +34,8 @@ def gated_slot_attention(q, k, v, log_decay, write, keys, values, *, scale):
       keys, values: the states that the first token finds, [B, G, M, K], [B, G, M, V] in float32.
     """
     length, num_slots = log_decay.shape[1], log_decay.shape[3]
-    tokens, slots = -length % 8, SIZE - num_slots  # the memory engine copies tiles of 8 tokens
-    q, k, v, log_decay, write = (
-        x if x is None else jnp.pad(x, ((0, 0), (0, tokens), (0, 0), (0, 0))) for x in (q, k, v, log_decay, write)
-    )
+    slots = SIZE - num_slots
+    q, k, v, log_decay, write = pad_tokens(q, k, v, log_decay, write)
     log_decay, write = (x if x is None else jnp.pad(x, ((0, 0),) * 3 + ((0, slots),)) for x in (log_decay, write))
     keys, values = (jnp.pad(x, ((0, 0), (0, 0), (0, slots), (0, 0))) for x in (keys, values))
     out, keys, values = _attention(q, k, v, log_decay, write, keys, values, scale, num_slots)
@@ -73,10 +68,10 @@ def _backward(scale, num_slots, saved, cotangents):
         d_out, k, v, parts, write, keys, values, p, scale=scale
     )
     d_keys, d_first_keys, keys_dot = chunk_states(
-        q, key_reading, kept, _to_first_head(d_last_keys, per_head), other=keys, reverse=True
+        q, key_reading, kept, to_first_head(d_last_keys, per_head), other=keys, reverse=True
     )
     d_values, d_first_values, values_dot = chunk_states(
-        d_out, value_reading, kept, _to_first_head(d_last_values, per_head), other=values, reverse=True
+        d_out, value_reading, kept, to_first_head(d_last_values, per_head), other=values, reverse=True
     )
     d_kept = jnp.repeat(kept, per_head, axis=1) * (keys_dot.sum(3) + values_dot.sum(3))
     d_key, dk, dv = write_backward(((k, q, d_key_scores, d_keys), (v, d_out, value_scores, d_values)), key)
@@ -88,34 +83,17 @@ def _backward(scale, num_slots, saved, cotangents):
         d_kept,
         out_dtype=gates_dtype,
     )
-    over_heads = functools.partial(_over_heads, per_head=per_head)
-    d_write = None if write is None else over_heads(d_write[0], 2)
+    sum_heads = functools.partial(over_heads, per_head=per_head)
+    d_write = None if write is None else sum_heads(d_write[0], 2)
     return (
         dq,
-        over_heads(dk, 2),
-        over_heads(dv, 2),
-        over_heads(d_log_decay, 2).astype(like_log_decay.dtype),
+        sum_heads(dk, 2),
+        sum_heads(dv, 2),
+        sum_heads(d_log_decay, 2).astype(like_log_decay.dtype),
         d_write,
-        over_heads(d_first_keys, 1),
-        over_heads(d_first_values, 1),
+        sum_heads(d_first_keys, 1),
+        sum_heads(d_first_values, 1),
     )
-
-
-def _to_first_head(x, per_head):
-    """[B, G, ...] -> [B, H, ...]: the gradient of what the heads of a group share, once."""
-    if per_head == 1:
-        return x
-    return jnp.pad(x[:, :, None], ((0, 0), (0, 0), (0, per_head - 1)) + ((0, 0),) * (x.ndim - 2)).reshape(
-        x.shape[0], -1, *x.shape[2:]
-    )
-
-
-def _over_heads(x, axis, *, per_head):
-    """Sums the gradients of the heads of a group: [..., H, ...] -> [..., G, ...]."""
-    if per_head == 1:
-        return x
-    split = x.reshape(*x.shape[:axis], -1, per_head, *x.shape[axis + 1 :])
-    return split.sum(axis + 1, dtype=jnp.float32).astype(x.dtype)
 
 
 _attention.defvjp(_forward, _backward)

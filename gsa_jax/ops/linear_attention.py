@@ -1,6 +1,6 @@
 """Gated linear attention on arrays: whole sequences and single tokens."""
 
-from gsa_jax.ops import chunked, scan
+from gsa_jax.ops import chunked, pallas, scan
 from gsa_jax.ops.arguments import (
     check_array,
     check_chunk_size,
@@ -14,8 +14,11 @@ from gsa_jax.ops.arguments import (
     zero_state,
 )
 
-_IMPLEMENTATIONS = {"scan": scan.gated_linear_attention, "chunked": chunked.gated_linear_attention, "pallas": None}
-_PALLAS_MISFIT = "the kernels for Hopper GPUs know gated slot attention only so far; use 'chunked' or None"
+_IMPLEMENTATIONS = {
+    "scan": scan.gated_linear_attention,
+    "chunked": chunked.gated_linear_attention,
+    "pallas": pallas.gated_linear_attention,
+}
 
 
 def gated_linear_attention(
@@ -38,7 +41,8 @@ def gated_linear_attention(
         <= 0 including -inf ("forget all").
       scale: factor on the output, K ** -0.5 by default.
       initial_state: the state [B, G, K, V] that the first token finds; zeros by default.
-      segment_ids, implementation, chunk_size: as for `gsa_jax.ops.gated_slot_attention`.
+      segment_ids, implementation, chunk_size: as for `gsa_jax.ops.gated_slot_attention`; "pallas" takes any K up to
+        1024 that is a multiple of 64.
 
     Returns:
       (out [B, T, H, V] in v's dtype, state [B, G, K, V] after the last token). Gates and states are float32, and so
@@ -51,7 +55,8 @@ def gated_linear_attention(
     _check_log_decay(log_decay, leading, num_groups, key_size)
     check_segment_ids(segment_ids, leading)
     check_chunk_size(chunk_size)
-    implementation = select(implementation, _IMPLEMENTATIONS, _PALLAS_MISFIT)
+    misfit = pallas.linear_attention_misfit(q, k, v, chunk_size)
+    implementation = select(implementation, _IMPLEMENTATIONS, misfit)
 
     dtype = state_dtype(q, log_decay)
     shape = {"B": q.shape[0], "G": num_groups, "K": key_size, "V": value_size}
@@ -59,12 +64,14 @@ def gated_linear_attention(
         initial_state = zero_state(tuple(shape.values()), dtype, like=k)
     check_array("initial_state", initial_state, shape)
 
-    log_decay = forget_at_document_starts(log_decay.astype(dtype), segment_ids)
     scale = key_size**-0.5 if scale is None else scale
-    options = {"chunk_size": chunk_size} if implementation == "chunked" else {}
-    q = group_heads(q, num_groups)
-    run = _IMPLEMENTATIONS[implementation]
-    out, state = run(q, k, v, log_decay, scale=scale, initial_state=initial_state.astype(dtype), **options)
+    run, options = _IMPLEMENTATIONS[implementation], {"scale": scale, "initial_state": initial_state.astype(dtype)}
+    if implementation == "pallas":
+        return run(q, k, v, log_decay, segment_ids=segment_ids, **options)
+    if implementation == "chunked":
+        options["chunk_size"] = chunk_size
+    log_decay = forget_at_document_starts(log_decay.astype(dtype), segment_ids)
+    out, state = run(group_heads(q, num_groups), k, v, log_decay, **options)
     return ungroup_heads(out), state
 
 

@@ -6,12 +6,17 @@ import jax
 import jax.numpy as jnp
 
 from gsa_jax.ops.arguments import forget_at_document_starts
-from pallas_kernels import slot_attention
+from pallas_kernels import linear_attention, slot_attention
 
 
 def slot_attention_misfit(q, k, v, log_decay, chunk_size):
     """Why these arguments can't go to the kernels, as a sentence that names the argument; None if they can."""
     return _call_misfit(chunk_size) or slot_attention.misfit(q, k, v, log_decay)
+
+
+def linear_attention_misfit(q, k, v, chunk_size):
+    """As `slot_attention_misfit`."""
+    return _call_misfit(chunk_size) or linear_attention.misfit(q, k, v)
 
 
 def gated_slot_attention(q, k, v, log_decay, write, *, scale, initial_state, segment_ids):
@@ -22,6 +27,12 @@ def gated_slot_attention(q, k, v, log_decay, write, *, scale, initial_state, seg
     log_decay = forget_at_document_starts(log_decay, segment_ids)
     out, *state = slot_attention.gated_slot_attention(q, k, v, log_decay, write, *initial_state, scale=scale)
     return out, tuple(state)
+
+
+def gated_linear_attention(q, k, v, log_decay, *, scale, initial_state, segment_ids):
+    """As `gsa_jax.ops.gated_linear_attention`, with the arguments in their own dtypes: (out, state)."""
+    log_decay = forget_at_document_starts(log_decay, segment_ids)
+    return linear_attention.gated_linear_attention(q, k, v, log_decay, initial_state, scale=scale)
 
 
 def _call_misfit(chunk_size):

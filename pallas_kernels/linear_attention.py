@@ -1,0 +1,77 @@
+"""Gated linear attention on Hopper GPUs: the kernels strung together, forward and backward."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import arguments
+from pallas_kernels.arguments import over_heads, pad_tokens, to_first_head
+from pallas_kernels.gates import chunk_gates
+from pallas_kernels.linear_read import linear_read
+from pallas_kernels.linear_read_backward import linear_read_backward
+from pallas_kernels.linear_write_backward import linear_write_backward
+from pallas_kernels.states import chunk_states
+
+LARGEST_KEY = 1024
+"""channels of K whose tiles of one chunk fit in shared memory"""
+
+
+def misfit(q, k, v):
+    """Why the kernels can't take such arguments, None if they can."""
+    if k.shape[-1] > LARGEST_KEY:
+        return f"K must be at most {LARGEST_KEY}, got K={k.shape[-1]}"
+    return arguments.misfit(q, k, v)
+
+
+def gated_linear_attention(q, k, v, log_decay, state, *, scale):
+    """The op of `gsa_jax.ops.gated_linear_attention`, from and to a state: (out, state).
+
+    Args:
+      q: [B, T, H, K], bfloat16 or float16, K and V multiples of 64, K at most 1024.
+      k, v: [B, T, G, K], [B, T, G, V] of the same dtype.
+      log_decay: [B, T, G, K], or [B, T, G, 1] for one gate per head.
+      state: that the first token finds, [B, G, K, V] in float32.
+    """
+    arrays = pad_tokens(q, k, v, jnp.broadcast_to(log_decay, k.shape))
+    out, state = _attention(*arrays, state, scale)
+    return out[:, : q.shape[1]], state
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _attention(q, k, v, log_decay, state, scale):
+    return _forward(q, k, v, log_decay, state, scale, residuals=False)[0]
+
+
+def _forward(q, k, v, log_decay, state, scale, residuals=True):
+    parts, key, kept = chunk_gates(log_decay, k, q.dtype)
+    states, last = chunk_states(v, key, kept, state)
+    out, *read = linear_read(q, k, v, parts, states, scale=scale, residuals=residuals)
+    return (out, last), (q, k, v, jnp.zeros((), log_decay.dtype), parts, key, kept, states, read)
+
+
+def _backward(scale, saved, cotangents):
+    q, k, v, like_log_decay, parts, key, kept, states, (scores, reading) = saved
+    d_out, d_last = cotangents
+    per_head = q.shape[2] // k.shape[2]
+    gates_dtype = like_log_decay.dtype if per_head == 1 else jnp.float32
+
+    d_states, d_first, dot = chunk_states(
+        d_out, reading, kept, to_first_head(d_last, per_head), other=states, reverse=True
+    )
+    d_kept = jnp.repeat(kept, per_head, axis=1) * dot.sum(3)
+    dv = linear_write_backward(d_out, scores, key, d_states)
+    dq, dk, d_log_decay = linear_read_backward(
+        d_out, q, k, v, parts, states, d_states, d_kept, scale=scale, out_dtype=gates_dtype
+    )
+    sum_heads = functools.partial(over_heads, per_head=per_head)
+    return (
+        dq,
+        sum_heads(dk, 2),
+        sum_heads(dv, 2),
+        sum_heads(d_log_decay, 2).astype(like_log_decay.dtype),
+        sum_heads(d_first, 1),
+    )
+
+
+_attention.defvjp(_forward, _backward)

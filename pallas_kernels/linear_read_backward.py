@@ -1,0 +1,158 @@
+"""Gradients of gated linear attention in queries, keys and gates: all chunks and all blocks of K side by side."""
+
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels import decays, tiles
+from pallas_kernels.tiles import SIZE, SQUARE
+
+STAGES = 2
+"""steps of the loop over channels of V that are in flight"""
+MIRRORED, LATER, EARLIER, DQ, DK = range(5)
+"""what the tiles of the ring hold once that loop is over"""
+
+
+def linear_read_backward(d_out, q, k, v, parts, states, d_states, d_kept, *, scale, out_dtype, interpret=None):
+    """Gradients of one chunk's read and writes in 64 channels of K, a block; `linear_read` says what is what.
+
+        dS_ij = do_i·v_j
+        dq_i = scale · (prod(a[first..i]) ⊙ H do_i  +  Σ_{j<=i} dS_ij k_j ⊙ D_ij)
+        dk_j = prod(a[j+1..last]) ⊙ dH v_j  +  scale · Σ_{i>=j} dS_ij q_i ⊙ D_ij
+
+    Every factor of a gate in here is the exponential of a sum of log decays: the gradients of these sums are formed and
+    added up over time.
+
+    Args:
+      d_out: [B, T, H, V]; q, k, v, parts and states as for `linear_read`.
+      d_states: [B, H, N, K, V], gradient of the states that leave the chunks.
+      d_kept: [B, H, N, K] float32, gradient of the sum of a chunk's log decays through the states between chunks.
+      out_dtype: of the gradient of the log decays.
+
+    Returns:
+      dq, dk and the gradient of the log decays, [B, T, H, K] each.
+    """
+    batch_size, length, num_heads, key_size = q.shape
+    num_groups, value_size = v.shape[2:]
+    num_parts, dtype = parts.shape[0], q.dtype
+    num_chunks, num_blocks, num_steps = states.shape[2], key_size // SIZE, value_size // SIZE
+
+    def body(chunk, memory, arrived, *refs):
+        d_out_ref, q_ref, k_ref, v_ref, parts_ref, states_ref, d_states_ref, d_kept_ref = refs[:8]
+        dq_ref, dk_ref, d_log_decay_ref = refs[8:]
+        b, h, n = *chunk[:2], lax.div(chunk[2], num_blocks)
+        block = pl.ds(lax.rem(chunk[2], num_blocks) * SIZE, SIZE)
+        g, tokens = lax.div(h, num_heads // num_groups), pl.ds(n * SIZE, SIZE)
+        ring, query, key = memory["ring"], memory["q"], memory["k"]
+        parts = [memory["parts"].at[i] for i in range(num_parts)]
+
+        def request(step):
+            if step < num_steps:
+                columns, slot = pl.ds(step * SIZE, SIZE), step % STAGES
+                sources = (
+                    d_out_ref.at[b, tokens, h, columns],
+                    v_ref.at[b, tokens, g, columns],
+                    states_ref.at[b, g, n, block, columns],
+                    d_states_ref.at[b, h, n, block, columns],
+                )
+                for i, source in enumerate(sources):
+                    plgpu.copy_gmem_to_smem(source, ring.at[4 * slot + i], arrived[f"step{slot}"])
+
+        for step in range(STAGES):
+            request(step)
+        plgpu.copy_gmem_to_smem(q_ref.at[b, tokens, h, block], query, arrived["block"])
+        plgpu.copy_gmem_to_smem(k_ref.at[b, tokens, g, block], key, arrived["block"])
+        plgpu.copy_gmem_to_smem(d_kept_ref.at[b, h, n, block], memory["kept"], arrived["block"])
+        for i in range(num_parts):
+            plgpu.copy_gmem_to_smem(parts_ref.at[i, b, tokens, g, block], parts[i], arrived["block"])
+
+        def through_values(d_scores, mirrored, d_before, d_key):
+            for step in range(num_steps):
+                slot = step % STAGES
+                plgpu.barrier_wait(arrived[f"step{slot}"])
+                d_out, v, state, d_state = (ring.at[4 * slot + i] for i in range(4))
+                plgpu.wgmma(d_scores, d_out, tiles.transposed(v))
+                plgpu.wgmma(mirrored, v, tiles.transposed(d_out))
+                plgpu.wgmma(d_before, d_out, tiles.transposed(state))
+                plgpu.wgmma(d_key, v, tiles.transposed(d_state))
+                plgpu.wgmma_wait(0)
+                request(step + STAGES)
+            i, j = tiles.row_and_column()
+            own = jnp.where(i == j, d_scores[...], 0.0).sum(axis=1)
+            return own, jnp.where(j < i, d_scores[...], mirrored[...]), d_before[...], d_key[...]
+
+        def put(slot, x):
+            ring[slot] = x.astype(dtype)
+
+        own, mirrored, dq, dk = pl.run_scoped(through_values, *[plgpu.ACC(SQUARE, jnp.float32)] * 4)
+        plgpu.barrier_wait(arrived["block"])
+        plgpu.commit_smem()
+        put(MIRRORED, mirrored)
+        dq *= decays.through(parts)
+        dk *= decays.after(parts)
+        put(LATER, scale * tiles.load(query) * dq)
+        put(EARLIER, tiles.load(key) * dk)
+        plgpu.commit_smem()
+        d_log_decay = decays.d_through(ring.at[LATER]) + decays.d_after(ring.at[EARLIER])
+        plgpu.commit_smem()
+        dq += tiles.along_rows(own) * tiles.load(key)
+        dk += tiles.along_rows(own) * scale * tiles.load(query)
+        d_log_decay, dq, dk = through_levels(query, key, parts, scale, ring, (d_log_decay, dq, dk))
+
+        d_log_decay += tiles.along_columns(plgpu.load(memory["kept"], layout=tiles.COLUMNS))
+        put(DQ, scale * dq)
+        put(DK, dk)
+        memory["out"][...] = d_log_decay.astype(out_dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(ring.at[DQ], dq_ref.at[b, tokens, h, block])
+        plgpu.copy_smem_to_gmem(ring.at[DK], dk_ref.at[b, tokens, h, block])
+        plgpu.copy_smem_to_gmem(memory["out"], d_log_decay_ref.at[b, tokens, h, block])
+        plgpu.wait_smem_to_gmem(0)
+
+    per_token = (batch_size, length, num_heads, key_size)
+    return tiles.chunk_kernel(
+        "linear_read_backward",
+        body,
+        (per_token, dtype),
+        (per_token, dtype),
+        (per_token, out_dtype),
+        shape=(batch_size, num_heads, num_chunks * num_blocks),
+        memory={
+            "ring": ((4 * STAGES, *SQUARE), dtype),
+            "q": (SQUARE, dtype),
+            "k": (SQUARE, dtype),
+            "parts": ((num_parts, *SQUARE), decays.PARTS_DTYPE),
+            "kept": ((SIZE,), jnp.float32),
+            "out": (SQUARE, out_dtype),
+        },
+        arrivals={**{f"step{slot}": 4 for slot in range(STAGES)}, "block": 3 + num_parts},
+        interpret=interpret,
+    )(d_out, q, k, v, parts, states, d_states, d_kept)
+
+
+def through_levels(query, key, parts, scale, ring, gradients):
+    """Adds what comes from pairs of tokens to the gradients of the log decays, of scale · q, and of k.
+
+    At one level a row is either a query's, in a later half, or a key's, in an earlier half: x = scale · q or k, with
+    the factor f. The pairs of the level pull at both alike, f ⊙ Σ_j (dS + dSᵀ)_ij f_j ⊙ x_j, and the gradient of
+    log f is x times that.
+    """
+
+    def either(later):
+        return jnp.where(later, scale * tiles.load(query), tiles.load(key))
+
+    def one_level(_, half, gradients):
+        d_log_decay, dq, dk = gradients
+        later, factor = decays.in_later_half(half), decays.level(half, parts)
+        ring[LATER] = (factor * either(later)).astype(ring.dtype)
+        plgpu.commit_smem()
+        mirrored = plgpu.load(ring.at[MIRRORED], layout=tiles.REGISTERS)
+        across = jnp.where(decays.parted(half), mirrored, jnp.zeros_like(mirrored))
+        pull = factor * tiles.product((across, ring.at[LATER]))
+        ring[EARLIER] = (either(later) * pull).astype(ring.dtype)
+        plgpu.commit_smem()
+        dq, dk = dq + jnp.where(later, pull, 0.0), dk + jnp.where(later, 0.0, pull)
+        return d_log_decay + decays.d_level(half, ring.at[EARLIER]), dq, dk
+
+    return decays.each_level(one_level, gradients)

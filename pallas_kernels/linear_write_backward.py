@@ -1,0 +1,55 @@
+"""Gradient of gated linear attention in the values: all chunks side by side."""
+
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+from jax import lax
+
+from pallas_kernels import columns, tiles
+from pallas_kernels.tiles import SIZE, SQUARE
+
+
+def linear_write_backward(d_out, scores, key, d_states, interpret=None):
+    """dv_j = Σ_{i>=j} S_ij do_i  +  dHᵀ key_j, [B, T, H, V].
+
+    Args:
+      d_out: [B, T, H, V], two-byte; K and V are multiples of 64.
+      scores: S [B, T, H, 64], by the tokens of the chunk.
+      key: [B, T, G, K], the keys at their chunk's end.
+      d_states: [B, H, N, K, V], gradient of the states that leave the chunks.
+    """
+    batch_size, length, num_heads, value_size = d_out.shape
+    num_groups, key_size = key.shape[2:]
+    num_blocks, dtype = key_size // SIZE, d_out.dtype
+
+    def body(chunk, memory, arrived, d_out_ref, scores_ref, key_ref, d_states_ref, dv_ref):
+        b, h, n = chunk
+        g, tokens = lax.div(h, num_heads // num_groups), pl.ds(n * SIZE, SIZE)
+        left = [memory["left"].at[i] for i in range(1 + num_blocks)]
+        blocks = [pl.ds(block * SIZE, SIZE) for block in range(num_blocks)]
+        plgpu.copy_gmem_to_smem(scores_ref.at[b, tokens, h], left[0], arrived["left"])
+        for block, tile in zip(blocks, left[1:], strict=True):
+            plgpu.copy_gmem_to_smem(key_ref.at[b, tokens, g, block], tile, arrived["left"])
+        plgpu.barrier_wait(arrived["left"])
+
+        def rows_of_state(block):
+            return lambda channels: d_states_ref.at[b, h, n, block, channels]
+
+        columns.add_products(
+            [tiles.transposed(left[0]), *left[1:]],
+            [lambda channels: d_out_ref.at[b, tokens, h, channels], *map(rows_of_state, blocks)],
+            lambda channels: dv_ref.at[b, tokens, h, channels],
+            value_size // SIZE,
+            memory["work"],
+            arrived,
+        )
+
+    (dv,) = tiles.chunk_kernel(
+        "linear_write_backward",
+        body,
+        ((batch_size, length, num_heads, value_size), dtype),
+        shape=(batch_size, num_heads, d_states.shape[2]),
+        memory={"left": ((1 + num_blocks, *SQUARE), dtype), "work": ((columns.NUM_TILES, *SQUARE), dtype)},
+        arrivals={"left": 1 + num_blocks, **columns.ARRIVALS},
+        interpret=interpret,
+    )(d_out, scores, key, d_states)
+    return dv
