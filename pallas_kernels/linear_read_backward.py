@@ -10,7 +10,7 @@ from pallas_kernels.tiles import SIZE, SQUARE
 
 STAGES = 2
 """steps of the loop over channels of V that are in flight"""
-MIRRORED, LATER, EARLIER, DQ, DK = range(5)
+MIRRORED, X, XY, DQ, DK = range(5)
 """what the tiles of the ring hold once that loop is over"""
 
 
@@ -79,8 +79,8 @@ def linear_read_backward(d_out, q, k, v, parts, states, d_states, d_kept, *, sca
                 plgpu.wgmma_wait(0)
                 request(step + STAGES)
             i, j = tiles.row_and_column()
-            own = jnp.where(i == j, d_scores[...], 0.0).sum(axis=1)
-            return own, jnp.where(j < i, d_scores[...], mirrored[...]), d_before[...], d_key[...]
+            own = scale * jnp.where(i == j, d_scores[...], 0.0).sum(axis=1)
+            return own, scale * jnp.where(j < i, d_scores[...], mirrored[...]), scale * d_before[...], d_key[...]
 
         def put(slot, x):
             ring[slot] = x.astype(dtype)
@@ -91,17 +91,17 @@ def linear_read_backward(d_out, q, k, v, parts, states, d_states, d_kept, *, sca
         put(MIRRORED, mirrored)
         dq *= decays.through(parts)
         dk *= decays.after(parts)
-        put(LATER, scale * tiles.load(query) * dq)
-        put(EARLIER, tiles.load(key) * dk)
+        put(X, tiles.load(query) * dq)
+        put(XY, tiles.load(key) * dk)
         plgpu.commit_smem()
-        d_log_decay = decays.d_through(ring.at[LATER]) + decays.d_after(ring.at[EARLIER])
+        d_log_decay = decays.d_through(ring.at[X]) + decays.d_after(ring.at[XY])
         plgpu.commit_smem()
         dq += tiles.along_rows(own) * tiles.load(key)
-        dk += tiles.along_rows(own) * scale * tiles.load(query)
-        d_log_decay, dq, dk = through_levels(query, key, parts, scale, ring, (d_log_decay, dq, dk))
+        dk += tiles.along_rows(own) * tiles.load(query)
+        d_log_decay, dq, dk = through_levels(query, key, parts, ring, (d_log_decay, dq, dk))
 
         d_log_decay += tiles.along_columns(plgpu.load(memory["kept"], layout=tiles.COLUMNS))
-        put(DQ, scale * dq)
+        put(DQ, dq)
         put(DK, dk)
         memory["out"][...] = d_log_decay.astype(out_dtype)
         plgpu.commit_smem()
@@ -131,28 +131,26 @@ def linear_read_backward(d_out, q, k, v, parts, states, d_states, d_kept, *, sca
     )(d_out, q, k, v, parts, states, d_states, d_kept)
 
 
-def through_levels(query, key, parts, scale, ring, gradients):
-    """Adds what comes from pairs of tokens to the gradients of the log decays, of scale · q, and of k.
+def through_levels(query, key, parts, ring, gradients):
+    """Adds what comes from pairs of tokens to the gradients of the log decays, queries and keys.
 
-    At one level a row is either a query's, in a later half, or a key's, in an earlier half: x = scale · q or k, with
-    the factor f. The pairs of the level pull at both alike, f ⊙ Σ_j (dS + dSᵀ)_ij f_j ⊙ x_j, and the gradient of
-    log f is x times that.
+    At one level a row is either a query's, in a later half, or a key's, in an earlier half: x_i = f_i ⊙ (q_i or k_i)
+    with the factor f. Either way the pairs of the level pull at it by y_i = Σ_j (dS + dSᵀ)_ij x_j, scale being in dS:
+    f ⊙ y is the gradient of that query or key, x ⊙ y that of log f.
     """
-
-    def either(later):
-        return jnp.where(later, scale * tiles.load(query), tiles.load(key))
 
     def one_level(_, half, gradients):
         d_log_decay, dq, dk = gradients
         later, factor = decays.in_later_half(half), decays.level(half, parts)
-        ring[LATER] = (factor * either(later)).astype(ring.dtype)
+        ring[X] = (factor * jnp.where(later, tiles.load(query), tiles.load(key))).astype(ring.dtype)
         plgpu.commit_smem()
         mirrored = plgpu.load(ring.at[MIRRORED], layout=tiles.REGISTERS)
         across = jnp.where(decays.parted(half), mirrored, jnp.zeros_like(mirrored))
-        pull = factor * tiles.product((across, ring.at[LATER]))
-        ring[EARLIER] = (either(later) * pull).astype(ring.dtype)
+        y = tiles.product((across, ring.at[X]))
+        ring[XY] = (tiles.load(ring.at[X]) * y).astype(ring.dtype)
         plgpu.commit_smem()
-        dq, dk = dq + jnp.where(later, pull, 0.0), dk + jnp.where(later, 0.0, pull)
-        return d_log_decay + decays.d_level(half, ring.at[EARLIER]), dq, dk
+        y *= factor
+        dq, dk = dq + jnp.where(later, y, 0.0), dk + jnp.where(later, 0.0, y)
+        return d_log_decay + decays.d_level(half, ring.at[XY]), dq, dk
 
     return decays.each_level(one_level, gradients)
