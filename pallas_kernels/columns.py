@@ -6,10 +6,10 @@ import jax.numpy as jnp
 
 from pallas_kernels.tiles import SIZE, SQUARE
 
-STAGES = 4
+STAGES = 3
 """tiles of the wide arrays in flight"""
-NUM_TILES = STAGES + 2
-"""tiles of shared memory to work in: those in flight and two on their way out"""
+NUM_TILES = STAGES + 1
+"""tiles of shared memory to work in: those in flight and one on its way out"""
 ARRIVALS = {f"columns{slot}": 1 for slot in range(STAGES)}
 
 
@@ -21,7 +21,7 @@ def add_products(tiles, wide, out, num_steps, work, arrived):
       wide: functions that give the reference to some columns of an array in memory, [64, 64] each.
       out: one such function for the result.
       num_steps: how often 64 columns.
-      work: [NUM_TILES, 64, 64] in shared memory, free to use.
+      work: NUM_TILES tiles in shared memory, free to use.
       arrived: the barriers of `ARRIVALS`.
     """
 
@@ -32,7 +32,7 @@ def add_products(tiles, wide, out, num_steps, work, arrived):
         step, i = divmod(number, len(tiles))
         if step < num_steps:
             slot = number % STAGES
-            plgpu.copy_gmem_to_smem(wide[i](columns(step)), work.at[slot], arrived[f"columns{slot}"])
+            plgpu.copy_gmem_to_smem(wide[i](columns(step)), work[slot], arrived[f"columns{slot}"])
 
     def one_step(step):
         def accumulate(acc):
@@ -40,7 +40,7 @@ def add_products(tiles, wide, out, num_steps, work, arrived):
                 number = step * len(tiles) + i
                 slot = number % STAGES
                 plgpu.barrier_wait(arrived[f"columns{slot}"])
-                plgpu.wgmma(acc, tile, work.at[slot])
+                plgpu.wgmma(acc, tile, work[slot])
                 plgpu.wgmma_wait(0)
                 request(number + STAGES)
             return acc[...]
@@ -50,9 +50,8 @@ def add_products(tiles, wide, out, num_steps, work, arrived):
     for number in range(STAGES):
         request(number)
     for step in range(num_steps):
-        result, leaving = one_step(step), work.at[STAGES + step % 2]
-        plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+        result, leaving = one_step(step), work[STAGES]
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         leaving[...] = result.astype(leaving.dtype)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(leaving, out(columns(step)))
-    plgpu.wait_smem_to_gmem(0)

@@ -6,24 +6,44 @@ one level, where j is in the earlier and i in the later half of one block, and t
     D_ij = prod(a[border..i]) · prod(a[j+1..border-1]),
 
 a row's factor times a column's, both in [0, 1]. The logarithms of a level's factors are one product of a constant
-matrix of zeros and ones with the log decays: no difference is ever taken, so that any decay is exact.
+matrix of zeros and ones, the level's window, with the log decays: no difference is ever taken, so that any decay is
+exact. The windows are among the constant tiles that all warpgroups of a block share; so is the tile that says at which
+level each pair parts, which masks scores in two-byte arithmetic, two numbers an instruction.
 """
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
-from pallas_kernels.tiles import SIZE, along_rows, load, product, row_and_column, transposed
+from pallas_kernels.tiles import SIZE, SQUARE, along_rows, load, product, row_and_column, transposed
 
 LEVELS = 6
 """of halves of 32, 16, 8, 4, 2 and 1 tokens"""
 STRONGEST = -80.0
 """Log decays are clamped here: exp(-80) = 2e-35 does not show beside anything in float32."""
-PARTS_DTYPE = jnp.bfloat16
+PARTING, WINDOWS, THROUGH, AFTER = 0, 1, 1 + LEVELS, 2 + LEVELS
+"""where the constant tiles are"""
 
 
-def num_parts(dtype):
-    """How many bfloat16 parts hold a log decay: bfloat16 one, else two, 16 bits."""
-    return 1 if dtype == jnp.bfloat16 else 2
+def constant_tiles(dtype, mirrored=False):
+    """[9, SIZE, SIZE]: the level at which the tokens j < i part, the levels' windows, `THROUGH`'s, `AFTER`'s.
+
+    With `mirrored` the first tile holds also for j > i.
+    """
+    i, j = np.indices(SQUARE)
+    parting = np.full(SQUARE, 2 * LEVELS)
+    windows = []
+    for index in range(LEVELS):
+        half = SIZE >> (index + 1)
+        later, same_half = i & half > 0, i // half == j // half
+        windows.append(same_half & np.where(later, j <= i, j > i))
+        parting[(i // (2 * half) == j // (2 * half)) & ~same_half & ((j < i) | mirrored)] = index
+    return jnp.asarray(np.stack([parting, *windows, j <= i, j > i]), dtype)
+
+
+def num_parts(log_decay_dtype, dtype):
+    """How many two-byte parts hold a log decay: its own dtype one, others two."""
+    return 1 if log_decay_dtype == dtype else 2
 
 
 def log_decay(parts):
@@ -37,106 +57,66 @@ def write_strength(log_decay):
     return jnp.where(log_decay > -0.03, series, 1 - jnp.exp(log_decay))
 
 
-def through(parts):
-    """The gates' product from the chunk's start through each token, float32."""
+def gates_product(window, parts):
+    """The product of the gates in each token's window, float32: of the tokens j where window [i, j] is 1.
+
+    Of `THROUGH`'s window it is the product from the chunk's start through the token, of `AFTER`'s that after the token
+    until the chunk's end, of a level's the factors of its rows in later halves and of its columns in earlier halves.
+    """
+    return jnp.exp(product(*((window, part) for part in parts)))
+
+
+def in_later_half(index):
     i, _ = row_and_column()
-    return jnp.exp(_window_sums(jnp.zeros_like(i), i + 1, parts))
+    return (i & lax.shift_right_logical(SIZE // 2, index)) > 0
 
 
-def after(parts):
-    """The gates' product after each token until the chunk's end, float32."""
-    i, _ = row_and_column()
-    return jnp.exp(_window_sums(i + 1, jnp.full_like(i, SIZE), parts))
-
-
-def level(half, parts):
-    """A level's factors, float32: of rows in later halves since the border, of those in earlier halves until it."""
-    i, _ = row_and_column()
-    later, border = in_later_half(half), (i & -2 * half) + half
-    return jnp.exp(_window_sums(jnp.where(later, border, i + 1), jnp.where(later, i + 1, border), parts))
-
-
-def d_through(gradient):
-    """Gradient of the log decays from that of `through`'s logarithm, a tile in shared memory; float32."""
-    i, _ = row_and_column()
-    return _window_sums(i, jnp.full_like(i, SIZE), [gradient])
-
-
-def d_after(gradient):
-    """Gradient of the log decays from that of `after`'s logarithm."""
-    i, _ = row_and_column()
-    return _window_sums(jnp.zeros_like(i), i, [gradient])
-
-
-def d_level(half, gradient):
-    """Gradient of the log decays from that of `level`'s logarithm."""
-    i, _ = row_and_column()
-    later, start = in_later_half(half), i & -half
-    return _window_sums(jnp.where(later, i, start), jnp.where(later, start + half, i), [gradient])
-
-
-def in_later_half(half):
-    i, _ = row_and_column()
-    return (i & half) > 0
-
-
-def parted(half):
-    """[i, j] is whether the pair parts at this level, for j < i: whether their highest differing bit is `half`."""
-    i, j = row_and_column()
-    return ((i ^ half) ^ j) < half
+def at_level(index, constants, x):
+    """x_ij of the pairs that part at a level, else 0; x in two-byte registers."""
+    distance = load(constants.at[PARTING], x.dtype) - lax.convert_element_type(index, x.dtype)
+    return x - x * jnp.minimum(distance * distance, jnp.ones((), x.dtype))
 
 
 def each_level(body, initial):
-    """Folds `result = body(level, half, result)` over the levels; a loop, since unrolled levels don't fit registers."""
-
-    def step(index, result):
-        return body(index, lax.shift_right_logical(SIZE // 2, index), result)
-
-    return lax.fori_loop(0, LEVELS, step, initial)
+    """Folds `result = body(level, result)` over the levels; a loop, since unrolled levels don't fit registers."""
+    return lax.fori_loop(0, LEVELS, body, initial)
 
 
-def _window_sums(start, stop, terms):
-    """Σ of the terms of tokens start_i .. stop_i - 1, float32; every term is the sum of tiles in shared memory."""
-    _, j = row_and_column()
-    window = jnp.where((j >= start) & (j < stop), 1.0, 0.0).astype(terms[0].dtype)
-    return product(*((window, term) for term in terms))
-
-
-def store_factors(factors, parts, write):
+def store_factors(factors, constants, parts, write):
     """Leaves each level's factors in shared memory [levels, SIZE, SIZE], those of earlier halves times the write."""
 
-    def store(index, half, _):
-        factor = level(half, parts)
-        factors[index] = jnp.where(in_later_half(half), factor, write * factor).astype(factors.dtype)
+    def store(index, _):
+        factor = gates_product(constants.at[WINDOWS + index], parts)
+        factors[index] = jnp.where(in_later_half(index), factor, write * factor).astype(factors.dtype)
 
     each_level(store, None)
 
 
-def own_and_earlier(scores, dtype):
-    """A_ii [SIZE] and, for j < i, A_ij [SIZE, SIZE] in `dtype`: scores as `sums` takes them."""
+def own(scores):
+    """A_ii: [SIZE] of scores in registers."""
     i, j = row_and_column()
-    return jnp.where(i == j, scores, 0.0).sum(axis=1), jnp.where(j < i, scores, 0.0).astype(dtype)
+    return jnp.where(i == j, scores, 0.0).sum(axis=1)
 
 
-def sums(own, earlier, factors, write, initial):
-    """initial + Σ_{j<=i} A_ij w_jm D_ijm: float32 [SIZE, SIZE] from A as `own_and_earlier`, factors and w."""
+def sums(own, scores, factors, constants, write, initial):
+    """initial + Σ_{j<=i} A_ij w_jm D_ijm: float32 [SIZE, SIZE] from A_ii, A in two-byte registers, factors and w."""
 
-    def add(index, half, result):
-        across = jnp.where(parted(half), earlier, jnp.zeros_like(earlier))
+    def add(index, result):
+        across = at_level(index, constants, scores)
         return result + load(factors.at[index]) * product((across, factors.at[index]))
 
     return each_level(add, initial + along_rows(own) * write)
 
 
-def scores(p, factors, write):
-    """Σ_m p_im w_jm D_ijm for j <= i, else 0: float32 [SIZE, SIZE] from p in registers, factors and w."""
+def scores(p, factors, constants, write):
+    """Σ_m p_im w_jm D_ijm for j <= i, else 0: two-byte [SIZE, SIZE] from p in float32 registers, factors and w."""
+    dtype = factors.dtype
     i, j = row_and_column()
-    own = (p * write).sum(axis=1)
+    own = along_rows((p * write).sum(axis=1)).astype(dtype)
+    p = p.astype(dtype)
 
-    def add(index, half, result):
-        later = (p * load(factors.at[index])).astype(factors.dtype)
-        # Right for the pairs that part here, wrong for those that part at smaller halves, which overwrite it.
-        return jnp.where((i ^ j) < 2 * half, product((later, transposed(factors.at[index]))), result)
+    def add(index, result):
+        across = product((p * load(factors.at[index], dtype), transposed(factors.at[index])))
+        return result + at_level(index, constants, across.astype(dtype))
 
-    result = each_level(add, jnp.zeros_like(p))
-    return jnp.where(j < i, result, jnp.where(i == j, along_rows(own), 0.0))
+    return jnp.where(i == j, own, each_level(add, jnp.zeros_like(p)))

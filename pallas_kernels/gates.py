@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import decays, tiles
-from pallas_kernels.tiles import SIZE, SQUARE
+from pallas_kernels.tiles import SIZE
 
 
 def chunk_gates(log_decay, write, dtype, interpret=None):
@@ -18,58 +18,52 @@ def chunk_gates(log_decay, write, dtype, interpret=None):
       dtype: of the products that follow.
 
     Returns:
-      parts [P, B, T, G, M] in bfloat16, whose sum is the log decay, clamped; P as `decays.num_parts`
+      parts [P, B, T, G, M] in `dtype`, whose sum is the log decay, clamped; P as `decays.num_parts`
       the write key at its chunk's end, w ⊙ prod(gates after the token), [B, T, G, M] in `dtype`
       the product of each chunk's gates, [B, G, N, M] in float32
     """
+    num_parts = decays.num_parts(log_decay.dtype, dtype)
+    log_decay = jnp.maximum(log_decay, decays.STRONGEST)
+    high = log_decay.astype(dtype)
+    parts = jnp.stack([high, (log_decay - high.astype(log_decay.dtype)).astype(dtype)][:num_parts])
     batch_size, length, num_groups, num_slots = log_decay.shape
-    num_chunks, num_parts = pl.cdiv(length, SIZE), decays.num_parts(log_decay.dtype)
-    operands = (log_decay,) if write is None else (log_decay, write)
+    num_chunks, num_blocks = pl.cdiv(length, SIZE), num_slots // SIZE
+    operands = (parts,) if write is None else (parts, write)
 
-    def body(chunk, memory, arrived, log_decay_ref, *refs):
-        *write_refs, parts_ref, key_ref, kept_ref = refs
+    def body(chunk, pool, constants, arrived, kept, parts_ref, *refs):
+        *write_refs, key_ref, kept_ref = refs
         b, gm, n = chunk
-        g, slots = lax.div(gm, num_slots // SIZE), pl.ds(lax.rem(gm, num_slots // SIZE) * SIZE, SIZE)
+        g, slots = lax.div(gm, num_blocks), pl.ds(lax.rem(gm, num_blocks) * SIZE, SIZE)
         here = (b, pl.ds(n * SIZE, SIZE), g, slots)
-        gates, (*parts, ones) = memory["gates"], [memory["parts"].at[i] for i in range(num_parts + 1)]
-        plgpu.copy_gmem_to_smem(log_decay_ref.at[here], gates, arrived["all"])
-        for ref in write_refs:
-            plgpu.copy_gmem_to_smem(ref.at[here], memory["write"], arrived["all"])
-        plgpu.barrier_wait(arrived["all"])
-        log_decay = rest = jnp.maximum(tiles.load(gates), decays.STRONGEST)
-        for part in parts:
-            part[...] = rest.astype(decays.PARTS_DTYPE)
-            rest -= rest.astype(decays.PARTS_DTYPE).astype(jnp.float32)
-        ones[...] = jnp.ones_like(log_decay).astype(ones.dtype)
-        plgpu.commit_smem()
+        ones, key, write, *parts = (pool.at[i] for i in range(3 + num_parts))
         for i, part in enumerate(parts):
-            plgpu.copy_smem_to_gmem(part, parts_ref.at[(i, *here)])
-        strength = tiles.load(memory["write"]) if write_refs else decays.write_strength(log_decay)
-        memory["key"][...] = (strength * decays.after(parts)).astype(dtype)
+            plgpu.copy_gmem_to_smem(parts_ref.at[(i, *here)], part, arrived["all"])
+        for ref in write_refs:
+            plgpu.copy_gmem_to_smem(ref.at[here], write, arrived["all"])
+        plgpu.barrier_wait(arrived["all"])
+        log_decay = decays.log_decay(parts)
+        strength = tiles.load(write) if write_refs else decays.write_strength(log_decay)
+        key[...] = (strength * decays.gates_product(constants.at[0], parts)).astype(dtype)
+        ones[...] = jnp.ones_like(log_decay).astype(dtype)
+        plgpu.commit_smem()
         # A product with ones, since sums over the rows of a tile would go through memory that warpgroups share.
         total = tiles.product(*((tiles.transposed(part), ones) for part in parts))
-        memory["kept"][...] = jnp.exp(total.max(axis=1))
+        kept[0] = jnp.exp(total.max(axis=1))
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(memory["key"], key_ref.at[here])
-        plgpu.copy_smem_to_gmem(memory["kept"], kept_ref.at[b, g, n, slots])
-        plgpu.wait_smem_to_gmem(0)
+        plgpu.copy_smem_to_gmem(key, key_ref.at[here])
+        plgpu.copy_smem_to_gmem(kept.at[0], kept_ref.at[b, g, n, slots])
 
-    memory = {
-        "gates": (SQUARE, log_decay.dtype),
-        "parts": ((num_parts + 1, *SQUARE), decays.PARTS_DTYPE),
-        "key": (SQUARE, dtype),
-        "kept": ((SIZE,), jnp.float32),
-    }
-    if write is not None:
-        memory["write"] = (SQUARE, write.dtype)
-    return tiles.chunk_kernel(
+    key, kept = tiles.chunk_kernel(
         "chunk_gates",
         body,
-        ((num_parts, *log_decay.shape), decays.PARTS_DTYPE),
         (log_decay.shape, dtype),
         ((batch_size, num_groups, num_chunks, num_slots), jnp.float32),
-        shape=(batch_size, num_groups * (num_slots // SIZE), num_chunks),
-        memory=memory,
-        arrivals={"all": len(operands)},
+        shape=(batch_size, num_groups * num_blocks, num_chunks),
+        dtype=dtype,
+        tiles=3 + num_parts,
+        constants=1,
+        vectors=1,
+        arrivals={"all": num_parts + (write is not None)},
         interpret=interpret,
-    )(*operands)
+    )(decays.constant_tiles(dtype)[decays.AFTER :], *operands)
+    return parts, key, kept

@@ -6,10 +6,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import decays, tiles
-from pallas_kernels.tiles import SIZE, SQUARE
+from pallas_kernels.tiles import SIZE
 
-FACTORS, ACROSS, LATER = 0, 1, 2
-"""work tiles; the first holds the first read's state part before, the second the second's, the third d_key"""
+SCORES, DY, WORK, PARTS = 0, 2, 4, 7
+"""scratch tiles: of the reads, of intermediate results, of the log decays"""
 
 
 def gates_backward(reads, parts, write, d_key, d_kept, *, out_dtype, interpret=None):
@@ -31,93 +31,86 @@ def gates_backward(reads, parts, write, d_key, d_kept, *, out_dtype, interpret=N
     """
     batch_size, length, num_heads, _ = d_key.shape
     num_parts, num_groups = parts.shape[0], parts.shape[3]
+    num_outputs, given = decays.num_parts(out_dtype, d_key.dtype), write is not None
     (scores, before, dy), dtype = zip(*reads, strict=True), d_key.dtype
-    operands = [*scores, *dy, *before, d_key, parts, d_kept]
-    if write is not None:
-        operands.append(write)
+    operands = [*scores, *dy, *before, d_key, parts, d_kept] + [write] * given
+    WRITE = PARTS + num_parts
 
-    def body(chunk, memory, arrived, *refs):
-        inputs, (d_log_decay_ref, *d_write_refs) = refs[: len(operands)], refs[len(operands) :]
-        per_head, (parts_ref, d_kept_ref, *write_refs) = inputs[:7], inputs[7:]
+    def body(chunk, pool, constants, arrived, kept, *refs):
+        per_head, (parts_ref, d_kept_ref, *write_refs) = refs[:7], refs[7 : len(operands)]
+        d_log_decay_refs, d_write_refs = refs[len(operands) :][:num_outputs], refs[len(operands) + num_outputs :]
         b, h, n = chunk
         g, tokens = lax.div(h, num_heads // num_groups), pl.ds(n * SIZE, SIZE)
-        scores, dy, work = memory["scores"], memory["dy"], memory["work"]
-        parts = [memory["parts"].at[i] for i in range(num_parts)]
-        destinations = [scores.at[0], scores.at[1], dy.at[0], dy.at[1], *(work.at[i] for i in range(3))]
-        for ref, destination in zip(per_head, destinations, strict=True):
-            plgpu.copy_gmem_to_smem(ref.at[b, tokens, h], destination, arrived["all"])
-        for i in range(num_parts):
-            plgpu.copy_gmem_to_smem(parts_ref.at[i, b, tokens, g], parts[i], arrived["all"])
-        plgpu.copy_gmem_to_smem(d_kept_ref.at[b, h, n], memory["kept"], arrived["all"])
+        parts = [pool.at[PARTS + i] for i in range(num_parts)]
+        factors, across, later = (pool.at[WORK + i] for i in range(3))
+        for i, ref in enumerate(per_head):
+            plgpu.copy_gmem_to_smem(ref.at[b, tokens, h], pool.at[i], arrived["all"])
+        for i, part in enumerate(parts):
+            plgpu.copy_gmem_to_smem(parts_ref.at[i, b, tokens, g], part, arrived["all"])
+        plgpu.copy_gmem_to_smem(d_kept_ref.at[b, h, n], kept.at[0], arrived["all"])
         for ref in write_refs:
-            plgpu.copy_gmem_to_smem(ref.at[b, tokens, g], memory["write"], arrived["all"])
+            plgpu.copy_gmem_to_smem(ref.at[b, tokens, g], pool.at[WRITE], arrived["all"])
         plgpu.barrier_wait(arrived["all"])
 
-        def strength():
-            return tiles.load(memory["write"]) if write_refs else decays.write_strength(decays.log_decay(parts))
-
-        def put(slot, x):
-            work[slot] = x.astype(dtype)
-
-        until_end = decays.after(parts) * tiles.load(work.at[2])
-        d_write = until_end
-        for r in range(2):
-            own, _ = decays.own_and_earlier(tiles.load(scores.at[r]), dtype)
-            d_write += tiles.along_rows(own) * tiles.load(dy.at[r])
-        put(0, sum(tiles.load(work.at[r]) * tiles.load(dy.at[r]) for r in range(2)))
-        put(2, strength() * until_end)
+        # The gates since the chunk's start, in what is read of the state before, and until its end, in the write key.
+        strength = tiles.load(pool.at[WRITE]) if given else decays.write_strength(decays.log_decay(parts))
+        d_write = decays.gates_product(constants.at[decays.AFTER], parts) * tiles.load(pool.at[WORK + 2])
+        since_start = sum(tiles.load(pool.at[WORK + r]) * tiles.load(pool.at[DY + r]) for r in range(2))
+        pool[WORK], pool[WORK + 2] = since_start.astype(dtype), (strength * d_write).astype(dtype)
         plgpu.commit_smem()
-        d_log_decay = decays.d_through(work.at[0]) + decays.d_after(work.at[2])
+        d_log_decay = tiles.product(
+            (tiles.transposed(constants.at[decays.THROUGH]), pool.at[WORK]),
+            (tiles.transposed(constants.at[decays.AFTER]), pool.at[WORK + 2]),
+        )
+        for r in range(2):
+            own = decays.own(tiles.load(pool.at[SCORES + r]))
+            d_write += tiles.along_rows(own) * tiles.load(pool.at[DY + r])
+        strength = strength.astype(dtype)
 
-        def one_level(_, half, carry):
+        def one_level(index, carry):
             d_log_decay, d_write = carry
-            factor = decays.level(half, parts)
-            put(FACTORS, jnp.where(decays.in_later_half(half), factor, strength() * factor))
-            later_part, earlier_part = 0.0, 0.0
+            window = constants.at[decays.WINDOWS + index]
+            factor = decays.gates_product(window, parts)
+            in_later_half = decays.in_later_half(index)
+            factors[...] = jnp.where(in_later_half, factor, strength.astype(jnp.float32) * factor).astype(dtype)
+            d_later, d_earlier = 0.0, 0.0
             for r in range(2):
-                _, earlier = decays.own_and_earlier(tiles.load(scores.at[r]), dtype)
-                across = jnp.where(decays.parted(half), earlier, jnp.zeros_like(earlier))
-                work[ACROSS] = across
-                put(LATER, factor * tiles.load(dy.at[r]))
+                parting = decays.at_level(index, constants, tiles.load(pool.at[SCORES + r], dtype))
+                across[...] = parting
+                later[...] = factor.astype(dtype) * tiles.load(pool.at[DY + r], dtype)
                 plgpu.commit_smem()
-                later_part += tiles.load(dy.at[r]) * tiles.product((across, work.at[FACTORS]))
-                earlier_part += tiles.product((tiles.transposed(work.at[ACROSS]), work.at[LATER]))
-            earlier_part *= factor
-            put(ACROSS, factor * later_part + strength() * earlier_part)
+                d_later += tiles.load(pool.at[DY + r]) * tiles.product((parting, factors))
+                d_earlier += tiles.product((tiles.transposed(across), later))
+            # d_later is zero in earlier halves, d_earlier in later ones.
+            across[...] = (tiles.load(factors) * (d_later + d_earlier)).astype(dtype)
             plgpu.commit_smem()
-            return d_log_decay + decays.d_level(half, work.at[ACROSS]), d_write + earlier_part
+            return d_log_decay + tiles.product((tiles.transposed(window), across)), d_write + factor * d_earlier
 
         d_log_decay, d_write = decays.each_level(one_level, (d_log_decay, d_write))
-        d_log_decay += tiles.along_columns(plgpu.load(memory["kept"], layout=tiles.COLUMNS))
-        if not write_refs:
+        d_log_decay += tiles.along_columns(plgpu.load(kept.at[0], layout=tiles.COLUMNS))
+        if not given:
             d_log_decay -= jnp.exp(decays.log_decay(parts)) * d_write
-        memory["out"][...] = d_log_decay.astype(out_dtype)
-        put(0, d_write)
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(memory["out"], d_log_decay_ref.at[b, tokens, h])
+        for i, ref in enumerate(d_log_decay_refs):
+            pool[i] = d_log_decay.astype(dtype)
+            d_log_decay -= d_log_decay.astype(dtype).astype(jnp.float32)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(pool.at[i], ref.at[b, tokens, h])
         for ref in d_write_refs:
-            plgpu.copy_smem_to_gmem(work.at[0], ref.at[b, tokens, h])
-        plgpu.wait_smem_to_gmem(0)
+            pool[WORK] = d_write.astype(dtype)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(pool.at[WORK], ref.at[b, tokens, h])
 
-    per_token = (batch_size, length, num_heads, SIZE)
-    memory = {
-        "scores": ((2, *SQUARE), dtype),
-        "dy": ((2, *SQUARE), dtype),
-        "work": ((3, *SQUARE), dtype),
-        "parts": ((num_parts, *SQUARE), decays.PARTS_DTYPE),
-        "kept": ((SIZE,), jnp.float32),
-        "out": (SQUARE, out_dtype),
-    }
-    outputs = [(per_token, out_dtype)]
-    if write is not None:
-        memory["write"] = (SQUARE, dtype)
-        outputs.append((per_token, dtype))
-    return tiles.chunk_kernel(
+    outputs = tiles.chunk_kernel(
         "gates_backward",
         body,
-        *outputs,
+        *[((batch_size, length, num_heads, SIZE), dtype)] * (num_outputs + given),
         shape=(batch_size, num_heads, d_kept.shape[2]),
-        memory=memory,
-        arrivals={"all": 8 + num_parts + (write is not None)},
+        dtype=dtype,
+        tiles=WRITE + given,
+        constants=decays.AFTER + 1,
+        vectors=1,
+        arrivals={"all": 8 + num_parts + given},
         interpret=interpret,
-    )(*operands)
+    )(decays.constant_tiles(dtype), *operands)
+    d_log_decay = sum(part.astype(out_dtype) for part in outputs[:num_outputs])
+    return d_log_decay, *outputs[num_outputs:]

@@ -9,7 +9,9 @@ from pallas_kernels import columns, decays, tiles
 from pallas_kernels.tiles import SIZE, SQUARE
 
 FACTORS, KEYS = 0, 2
-"""work tiles: two for the factors of the levels in turn, two for the keys of the blocks in turn"""
+"""scratch tiles: two for the factors of the levels in turn, two for the keys of the blocks in turn"""
+PARTS = columns.NUM_TILES
+"""behind those, which the loop over the values uses again"""
 
 
 def linear_read(q, k, v, parts, states, *, scale, residuals=False, interpret=None):
@@ -32,60 +34,52 @@ def linear_read(q, k, v, parts, states, *, scale, residuals=False, interpret=Non
     num_groups, value_size = v.shape[2:]
     num_parts, dtype = parts.shape[0], q.dtype
     num_blocks = key_size // SIZE
-    slots = 2 if num_parts == 1 else 1  # of parts in shared memory; with two the next block's arrive during this one's
+    SCORES, READERS = PARTS + num_parts, PARTS + num_parts + 1
 
-    def body(chunk, memory, arrived, q_ref, k_ref, v_ref, parts_ref, states_ref, out_ref, *residual_refs):
+    def body(chunk, pool, constants, arrived, q_ref, k_ref, v_ref, parts_ref, states_ref, out_ref, *residual_refs):
         b, h, n = chunk
         g, tokens = lax.div(h, num_heads // num_groups), pl.ds(n * SIZE, SIZE)
-        left, work, readers = memory["left"], memory["work"], memory["left"].at[pl.ds(1, num_blocks)]
-
-        def parts_of(block):
-            return [memory["parts"].at[lax.rem(block, slots) * num_parts + i] for i in range(num_parts)]
-
-        def key_of(block):
-            return work.at[KEYS + lax.rem(block, 2)]
+        parts = [pool.at[PARTS + i] for i in range(num_parts)]
 
         def request(block):
             @pl.when(block < num_blocks)
             def _():
                 here, barrier = pl.ds(block * SIZE, SIZE), arrived["block"]
-                plgpu.copy_gmem_to_smem(q_ref.at[b, tokens, h, here], readers.at[block], barrier)
-                plgpu.copy_gmem_to_smem(k_ref.at[b, tokens, g, here], key_of(block), barrier)
-                for i, part in enumerate(parts_of(block)):
+                plgpu.copy_gmem_to_smem(q_ref.at[b, tokens, h, here], pool.at[READERS + block], barrier)
+                plgpu.copy_gmem_to_smem(k_ref.at[b, tokens, g, here], pool.at[KEYS], barrier)
+                for i, part in enumerate(parts):
                     plgpu.copy_gmem_to_smem(parts_ref.at[i, b, tokens, g, here], part, barrier)
 
         def one_block(block, scores):
             plgpu.barrier_wait(arrived["block"])
-            if slots == 2:
-                request(block + 1)
-            reader, key, parts = readers.at[block], key_of(block), parts_of(block)
-            scores += decayed_scores(reader, key, parts, work)
-            reader[...] = (scale * tiles.load(reader) * decays.through(parts)).astype(dtype)
+            reader = pool.at[READERS + block]
+            scores += decayed_scores(reader, pool.at[KEYS], parts, constants, pool)
+            through = decays.gates_product(constants.at[decays.THROUGH], parts)
+            reader[...] = (scale * tiles.load(reader) * through).astype(dtype)
             plgpu.commit_smem()
-            if slots == 1:
-                request(block + 1)
+            request(block + 1)
             return scores
 
         request(jnp.int32(0))
         scores = lax.fori_loop(0, num_blocks, one_block, jnp.zeros(SQUARE, jnp.float32))
-        left[0] = (scale * scores).astype(dtype)
+        pool[SCORES] = (scale * scores).astype(dtype)
         plgpu.commit_smem()
         if residual_refs:
             scores_ref, reading_ref = residual_refs
-            plgpu.copy_smem_to_gmem(left.at[0], scores_ref.at[b, tokens, h])
+            plgpu.copy_smem_to_gmem(pool.at[SCORES], scores_ref.at[b, tokens, h])
             for block in range(num_blocks):
                 here = pl.ds(block * SIZE, SIZE)
-                plgpu.copy_smem_to_gmem(readers.at[block], reading_ref.at[b, tokens, h, here])
+                plgpu.copy_smem_to_gmem(pool.at[READERS + block], reading_ref.at[b, tokens, h, here])
 
         def rows_of_state(block):
             return lambda channels: states_ref.at[b, g, n, pl.ds(block * SIZE, SIZE), channels]
 
         columns.add_products(
-            [left.at[i] for i in range(1 + num_blocks)],
+            [pool.at[SCORES + i] for i in range(1 + num_blocks)],
             [lambda channels: v_ref.at[b, tokens, g, channels], *map(rows_of_state, range(num_blocks))],
             lambda channels: out_ref.at[b, tokens, h, channels],
             value_size // SIZE,
-            work,
+            [pool.at[i] for i in range(columns.NUM_TILES)],
             arrived,
         )
 
@@ -97,31 +91,31 @@ def linear_read(q, k, v, parts, states, *, scale, residuals=False, interpret=Non
         body,
         *outputs,
         shape=(batch_size, num_heads, states.shape[2]),
-        memory={
-            "left": ((1 + num_blocks, *SQUARE), dtype),
-            "work": ((columns.NUM_TILES, *SQUARE), dtype),
-            "parts": ((slots * num_parts, *SQUARE), decays.PARTS_DTYPE),
-        },
+        dtype=dtype,
+        tiles=READERS + num_blocks,
+        constants=decays.THROUGH + 1,
         arrivals={"block": 2 + num_parts, **columns.ARRIVALS},
         interpret=interpret,
-    )(q, k, v, parts, states)
+    )(decays.constant_tiles(dtype), q, k, v, parts, states)
 
 
-def decayed_scores(q, k, parts, work):
+def decayed_scores(q, k, parts, constants, pool):
     """Σ_m q_im k_jm D_ijm for j <= i, else 0: float32 [SIZE, SIZE] from tiles in shared memory.
 
-    The factors of the levels, which nothing else wants, take turns in two tiles of `work`.
+    The factors of the levels, which nothing else wants, take turns in two tiles of the pool.
     """
     i, j = tiles.row_and_column()
     own = (tiles.load(q) * tiles.load(k)).sum(axis=1)
 
-    def add(index, half, result):
-        factor, earlier = decays.level(half, parts), work.at[FACTORS + lax.rem(index, 2)]
-        earlier[...] = (tiles.load(k) * factor).astype(earlier.dtype)
+    def add(index, result):
+        factor = decays.gates_product(constants.at[decays.WINDOWS + index], parts).astype(q.dtype)
+        earlier = pool.at[FACTORS + lax.rem(index, 2)]
+        earlier[...] = tiles.load(k, q.dtype) * factor
         plgpu.commit_smem()
-        later = (tiles.load(q) * factor).astype(earlier.dtype)
+        across = tiles.product((tiles.load(q, q.dtype) * factor, tiles.transposed(earlier)))
         # Right for the pairs that part here, wrong for those that part at smaller halves, which overwrite it.
-        return jnp.where((i ^ j) < 2 * half, tiles.product((later, tiles.transposed(earlier))), result)
+        half = lax.shift_right_logical(SIZE // 2, index)
+        return jnp.where((i ^ j) < 2 * half, across, result)
 
     result = decays.each_level(add, jnp.zeros(SQUARE, jnp.float32))
     return jnp.where(j < i, result, jnp.where(i == j, tiles.along_rows(own), 0.0))

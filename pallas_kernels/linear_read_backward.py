@@ -11,7 +11,8 @@ from pallas_kernels.tiles import SIZE, SQUARE
 STAGES = 2
 """steps of the loop over channels of V that are in flight"""
 MIRRORED, X, XY, DQ, DK = range(5)
-"""what the tiles of the ring hold once that loop is over"""
+"""what the scratch tiles of the loop hold once it is over"""
+QUERY, KEY, PARTS = range(4 * STAGES, 4 * STAGES + 3)
 
 
 def linear_read_backward(d_out, q, k, v, parts, states, d_states, d_kept, *, scale, out_dtype, interpret=None):
@@ -36,16 +37,16 @@ def linear_read_backward(d_out, q, k, v, parts, states, d_states, d_kept, *, sca
     batch_size, length, num_heads, key_size = q.shape
     num_groups, value_size = v.shape[2:]
     num_parts, dtype = parts.shape[0], q.dtype
+    num_outputs = decays.num_parts(out_dtype, dtype)
     num_chunks, num_blocks, num_steps = states.shape[2], key_size // SIZE, value_size // SIZE
 
-    def body(chunk, memory, arrived, *refs):
+    def body(chunk, pool, constants, arrived, kept, *refs):
         d_out_ref, q_ref, k_ref, v_ref, parts_ref, states_ref, d_states_ref, d_kept_ref = refs[:8]
-        dq_ref, dk_ref, d_log_decay_ref = refs[8:]
+        dq_ref, dk_ref, *d_log_decay_refs = refs[8:]
         b, h, n = *chunk[:2], lax.div(chunk[2], num_blocks)
         block = pl.ds(lax.rem(chunk[2], num_blocks) * SIZE, SIZE)
         g, tokens = lax.div(h, num_heads // num_groups), pl.ds(n * SIZE, SIZE)
-        ring, query, key = memory["ring"], memory["q"], memory["k"]
-        parts = [memory["parts"].at[i] for i in range(num_parts)]
+        query, key, *parts = (pool.at[QUERY + i] for i in range(2 + num_parts))
 
         def request(step):
             if step < num_steps:
@@ -57,13 +58,13 @@ def linear_read_backward(d_out, q, k, v, parts, states, d_states, d_kept, *, sca
                     d_states_ref.at[b, h, n, block, columns],
                 )
                 for i, source in enumerate(sources):
-                    plgpu.copy_gmem_to_smem(source, ring.at[4 * slot + i], arrived[f"step{slot}"])
+                    plgpu.copy_gmem_to_smem(source, pool.at[4 * slot + i], arrived[f"step{slot}"])
 
         for step in range(STAGES):
             request(step)
         plgpu.copy_gmem_to_smem(q_ref.at[b, tokens, h, block], query, arrived["block"])
         plgpu.copy_gmem_to_smem(k_ref.at[b, tokens, g, block], key, arrived["block"])
-        plgpu.copy_gmem_to_smem(d_kept_ref.at[b, h, n, block], memory["kept"], arrived["block"])
+        plgpu.copy_gmem_to_smem(d_kept_ref.at[b, h, n, block], kept.at[0], arrived["block"])
         for i in range(num_parts):
             plgpu.copy_gmem_to_smem(parts_ref.at[i, b, tokens, g, block], parts[i], arrived["block"])
 
@@ -71,7 +72,7 @@ def linear_read_backward(d_out, q, k, v, parts, states, d_states, d_kept, *, sca
             for step in range(num_steps):
                 slot = step % STAGES
                 plgpu.barrier_wait(arrived[f"step{slot}"])
-                d_out, v, state, d_state = (ring.at[4 * slot + i] for i in range(4))
+                d_out, v, state, d_state = (pool.at[4 * slot + i] for i in range(4))
                 plgpu.wgmma(d_scores, d_out, tiles.transposed(v))
                 plgpu.wgmma(mirrored, v, tiles.transposed(d_out))
                 plgpu.wgmma(d_before, d_out, tiles.transposed(state))
@@ -83,74 +84,74 @@ def linear_read_backward(d_out, q, k, v, parts, states, d_states, d_kept, *, sca
             return own, scale * jnp.where(j < i, d_scores[...], mirrored[...]), scale * d_before[...], d_key[...]
 
         def put(slot, x):
-            ring[slot] = x.astype(dtype)
+            pool[slot] = x.astype(dtype)
 
         own, mirrored, dq, dk = pl.run_scoped(through_values, *[plgpu.ACC(SQUARE, jnp.float32)] * 4)
         plgpu.barrier_wait(arrived["block"])
         plgpu.commit_smem()
         put(MIRRORED, mirrored)
-        dq *= decays.through(parts)
-        dk *= decays.after(parts)
+        dq *= decays.gates_product(constants.at[decays.THROUGH], parts)
+        dk *= decays.gates_product(constants.at[decays.AFTER], parts)
         put(X, tiles.load(query) * dq)
         put(XY, tiles.load(key) * dk)
         plgpu.commit_smem()
-        d_log_decay = decays.d_through(ring.at[X]) + decays.d_after(ring.at[XY])
+        d_log_decay = tiles.product(
+            (tiles.transposed(constants.at[decays.THROUGH]), pool.at[X]),
+            (tiles.transposed(constants.at[decays.AFTER]), pool.at[XY]),
+        )
         plgpu.commit_smem()
         dq += tiles.along_rows(own) * tiles.load(key)
         dk += tiles.along_rows(own) * tiles.load(query)
-        d_log_decay, dq, dk = through_levels(query, key, parts, ring, (d_log_decay, dq, dk))
+        d_log_decay, dq, dk = through_levels(query, key, parts, constants, pool, (d_log_decay, dq, dk))
 
-        d_log_decay += tiles.along_columns(plgpu.load(memory["kept"], layout=tiles.COLUMNS))
+        d_log_decay += tiles.along_columns(plgpu.load(kept.at[0], layout=tiles.COLUMNS))
         put(DQ, dq)
         put(DK, dk)
-        memory["out"][...] = d_log_decay.astype(out_dtype)
+        for i in range(num_outputs):
+            put(X + i, d_log_decay)
+            d_log_decay -= d_log_decay.astype(dtype).astype(jnp.float32)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(ring.at[DQ], dq_ref.at[b, tokens, h, block])
-        plgpu.copy_smem_to_gmem(ring.at[DK], dk_ref.at[b, tokens, h, block])
-        plgpu.copy_smem_to_gmem(memory["out"], d_log_decay_ref.at[b, tokens, h, block])
-        plgpu.wait_smem_to_gmem(0)
+        plgpu.copy_smem_to_gmem(pool.at[DQ], dq_ref.at[b, tokens, h, block])
+        plgpu.copy_smem_to_gmem(pool.at[DK], dk_ref.at[b, tokens, h, block])
+        for i, ref in enumerate(d_log_decay_refs):
+            plgpu.copy_smem_to_gmem(pool.at[X + i], ref.at[b, tokens, h, block])
 
     per_token = (batch_size, length, num_heads, key_size)
-    return tiles.chunk_kernel(
+    dq, dk, *d_log_decay = tiles.chunk_kernel(
         "linear_read_backward",
         body,
-        (per_token, dtype),
-        (per_token, dtype),
-        (per_token, out_dtype),
+        *[(per_token, dtype)] * (2 + num_outputs),
         shape=(batch_size, num_heads, num_chunks * num_blocks),
-        memory={
-            "ring": ((4 * STAGES, *SQUARE), dtype),
-            "q": (SQUARE, dtype),
-            "k": (SQUARE, dtype),
-            "parts": ((num_parts, *SQUARE), decays.PARTS_DTYPE),
-            "kept": ((SIZE,), jnp.float32),
-            "out": (SQUARE, out_dtype),
-        },
+        dtype=dtype,
+        tiles=PARTS + num_parts,
+        constants=decays.AFTER + 1,
+        vectors=1,
         arrivals={**{f"step{slot}": 4 for slot in range(STAGES)}, "block": 3 + num_parts},
         interpret=interpret,
-    )(d_out, q, k, v, parts, states, d_states, d_kept)
+    )(decays.constant_tiles(dtype, mirrored=True), d_out, q, k, v, parts, states, d_states, d_kept)
+    return dq, dk, sum(part.astype(out_dtype) for part in d_log_decay)
 
 
-def through_levels(query, key, parts, ring, gradients):
+def through_levels(query, key, parts, constants, pool, gradients):
     """Adds what comes from pairs of tokens to the gradients of the log decays, queries and keys.
 
     At one level a row is either a query's, in a later half, or a key's, in an earlier half: x_i = f_i ⊙ (q_i or k_i)
     with the factor f. Either way the pairs of the level pull at it by y_i = Σ_j (dS + dSᵀ)_ij x_j, scale being in dS:
     f ⊙ y is the gradient of that query or key, x ⊙ y that of log f.
     """
+    mirrored = tiles.load(pool.at[MIRRORED], pool.dtype)
 
-    def one_level(_, half, gradients):
+    def one_level(index, gradients):
         d_log_decay, dq, dk = gradients
-        later, factor = decays.in_later_half(half), decays.level(half, parts)
-        ring[X] = (factor * jnp.where(later, tiles.load(query), tiles.load(key))).astype(ring.dtype)
+        window, later = constants.at[decays.WINDOWS + index], decays.in_later_half(index)
+        factor = decays.gates_product(window, parts)
+        pool[X] = (factor * jnp.where(later, tiles.load(query), tiles.load(key))).astype(pool.dtype)
         plgpu.commit_smem()
-        mirrored = plgpu.load(ring.at[MIRRORED], layout=tiles.REGISTERS)
-        across = jnp.where(decays.parted(half), mirrored, jnp.zeros_like(mirrored))
-        y = tiles.product((across, ring.at[X]))
-        ring[XY] = (tiles.load(ring.at[X]) * y).astype(ring.dtype)
+        y = tiles.product((decays.at_level(index, constants, mirrored), pool.at[X]))
+        pool[XY] = (tiles.load(pool.at[X]) * y).astype(pool.dtype)
         plgpu.commit_smem()
         y *= factor
         dq, dk = dq + jnp.where(later, y, 0.0), dk + jnp.where(later, 0.0, y)
-        return d_log_decay + decays.d_level(half, ring.at[XY]), dq, dk
+        return d_log_decay + tiles.product((tiles.transposed(window), pool.at[XY])), dq, dk
 
     return decays.each_level(one_level, gradients)

@@ -2,6 +2,7 @@
 
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import columns, tiles
@@ -21,10 +22,10 @@ def linear_write_backward(d_out, scores, key, d_states, interpret=None):
     num_groups, key_size = key.shape[2:]
     num_blocks, dtype = key_size // SIZE, d_out.dtype
 
-    def body(chunk, memory, arrived, d_out_ref, scores_ref, key_ref, d_states_ref, dv_ref):
+    def body(chunk, pool, _, arrived, d_out_ref, scores_ref, key_ref, d_states_ref, dv_ref):
         b, h, n = chunk
         g, tokens = lax.div(h, num_heads // num_groups), pl.ds(n * SIZE, SIZE)
-        left = [memory["left"].at[i] for i in range(1 + num_blocks)]
+        left = [pool.at[columns.NUM_TILES + i] for i in range(1 + num_blocks)]
         blocks = [pl.ds(block * SIZE, SIZE) for block in range(num_blocks)]
         plgpu.copy_gmem_to_smem(scores_ref.at[b, tokens, h], left[0], arrived["left"])
         for block, tile in zip(blocks, left[1:], strict=True):
@@ -39,7 +40,7 @@ def linear_write_backward(d_out, scores, key, d_states, interpret=None):
             [lambda channels: d_out_ref.at[b, tokens, h, channels], *map(rows_of_state, blocks)],
             lambda channels: dv_ref.at[b, tokens, h, channels],
             value_size // SIZE,
-            memory["work"],
+            [pool.at[i] for i in range(columns.NUM_TILES)],
             arrived,
         )
 
@@ -48,8 +49,10 @@ def linear_write_backward(d_out, scores, key, d_states, interpret=None):
         body,
         ((batch_size, length, num_heads, value_size), dtype),
         shape=(batch_size, num_heads, d_states.shape[2]),
-        memory={"left": ((1 + num_blocks, *SQUARE), dtype), "work": ((columns.NUM_TILES, *SQUARE), dtype)},
+        dtype=dtype,
+        tiles=columns.NUM_TILES + 1 + num_blocks,
+        constants=0,
         arrivals={"left": 1 + num_blocks, **columns.ARRIVALS},
         interpret=interpret,
-    )(d_out, scores, key, d_states)
+    )(jnp.zeros((1, *SQUARE), dtype), d_out, scores, key, d_states)
     return dv

@@ -10,8 +10,8 @@ from pallas_kernels.tiles import SIZE, SQUARE
 
 STAGES = 2
 """steps of the loops over channels that are in flight"""
-SINCE_START = decays.LEVELS
-"""where in the pool, behind the factors of the levels, the gates' product since the chunk's start is"""
+OUT, WRITE, PARTS = decays.LEVELS, decays.LEVELS + 1, decays.LEVELS + 2
+"""scratch tiles behind the six of the loops, which are also those of the factors of the levels"""
 
 
 def slot_read(q, k, v, parts, write, keys, values, *, scale, num_slots, residuals=False, interpret=None):
@@ -39,11 +39,11 @@ def slot_read(q, k, v, parts, write, keys, values, *, scale, num_slots, residual
     key_steps, value_steps = key_size // SIZE, value_size // SIZE
     operands = (q, k, v, keys, values, parts) + (() if write is None else (write,))
 
-    def body(chunk, memory, arrived, q_ref, k_ref, v_ref, keys_ref, values_ref, parts_ref, *refs):
+    def body(chunk, pool, constants, arrived, q_ref, k_ref, v_ref, keys_ref, values_ref, parts_ref, *refs):
         write_refs, (out_ref, *residual_refs) = refs[: len(operands) - 6], refs[len(operands) - 6 :]
         b, h, n = chunk
         g, tokens = lax.div(h, num_heads // num_groups), pl.ds(n * SIZE, SIZE)
-        pool, parts = memory["pool"], [memory["parts"].at[i] for i in range(num_parts)]
+        parts = [pool.at[PARTS + i] for i in range(num_parts)]
 
         def request_key(step):
             if step < key_steps:
@@ -63,16 +63,16 @@ def slot_read(q, k, v, parts, write, keys, values, *, scale, num_slots, residual
         def save(index, x):
             if residual_refs:
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                memory["out"][...] = x.astype(dtype)
+                pool[OUT] = x.astype(dtype)
                 plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(memory["out"], residual_refs[index].at[b, tokens, h])
+                plgpu.copy_smem_to_gmem(pool.at[OUT], residual_refs[index].at[b, tokens, h])
 
         for step in range(STAGES):
             request_key(step)
         for i in range(num_parts):
             plgpu.copy_gmem_to_smem(parts_ref.at[i, b, tokens, g], parts[i], arrived["gates"])
         for ref in write_refs:
-            plgpu.copy_gmem_to_smem(ref.at[b, tokens, g], memory["write"], arrived["gates"])
+            plgpu.copy_gmem_to_smem(ref.at[b, tokens, g], pool.at[WRITE], arrived["gates"])
 
         def read_keys(scores, before):
             for step in range(key_steps):
@@ -88,27 +88,25 @@ def slot_read(q, k, v, parts, write, keys, values, *, scale, num_slots, residual
         scores, logits = pl.run_scoped(read_keys, accumulator, accumulator)
         plgpu.barrier_wait(arrived["gates"])
         save(0, scores)
-        own, earlier = decays.own_and_earlier(scores, dtype)
-
-        def strength():
-            return tiles.load(memory["write"]) if write_refs else decays.write_strength(decays.log_decay(parts))
-
-        through = decays.through(parts)
+        own, scores = decays.own(scores), scores.astype(dtype)
+        strength = tiles.load(pool.at[WRITE]) if write_refs else decays.write_strength(decays.log_decay(parts))
+        decays.store_factors(pool, constants, parts, strength)
+        through = decays.gates_product(constants.at[decays.THROUGH], parts)
         logits *= through
         save(3, logits)
-        pool[SINCE_START] = through.astype(dtype)
-        decays.store_factors(pool, parts, strength())
+        # The parts of the log decays are not needed any more.
+        pool[PARTS], pool[WRITE] = through.astype(dtype), strength.astype(dtype)
         plgpu.commit_smem()
-        logits = scale * decays.sums(own, earlier, pool, strength(), logits)
+        logits = scale * decays.sums(own, scores, pool, constants, tiles.load(pool.at[WRITE]), logits)
         if num_slots < SIZE:
             _, m = tiles.row_and_column()
             logits = jnp.where(m < num_slots, logits, -1e30)
         p = jnp.exp(logits - tiles.along_rows(logits.max(axis=1)))
         p *= tiles.along_rows(1 / p.sum(axis=1))
         save(2, p)
-        scores = decays.scores(p, pool, strength())
+        scores = decays.scores(p, pool, constants, tiles.load(pool.at[WRITE]))
         save(1, scores)
-        scores, p = scores.astype(dtype), (p * tiles.load(pool.at[SINCE_START])).astype(dtype)
+        p = (p * tiles.load(pool.at[PARTS])).astype(dtype)
 
         plgpu.commit_smem()
         for step in range(STAGES):
@@ -122,13 +120,7 @@ def slot_read(q, k, v, parts, write, keys, values, *, scale, num_slots, residual
             out[...] = o.astype(dtype)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(out, out_ref.at[b, tokens, h, pl.ds(step * SIZE, SIZE)])
-        plgpu.wait_smem_to_gmem(0)
 
-    memory = {"pool": ((7, *SQUARE), dtype), "parts": ((num_parts, *SQUARE), decays.PARTS_DTYPE)}
-    if write is not None:
-        memory["write"] = (SQUARE, dtype)
-    if residuals:
-        memory["out"] = (SQUARE, dtype)
     outputs = [((batch_size, length, num_heads, value_size), dtype)]
     if residuals:
         outputs += [((batch_size, length, num_heads, SIZE), dtype)] * 4
@@ -137,11 +129,13 @@ def slot_read(q, k, v, parts, write, keys, values, *, scale, num_slots, residual
         body,
         *outputs,
         shape=(batch_size, num_heads, keys.shape[2]),
-        memory=memory,
+        dtype=dtype,
+        tiles=PARTS + num_parts,
+        constants=decays.THROUGH + 1,
         arrivals={
             **{f"key{slot}": 3 for slot in range(STAGES)},
             **{f"value{slot}": 2 for slot in range(STAGES)},
             "gates": num_parts + (write is not None),
         },
         interpret=interpret,
-    )(*operands)
+    )(decays.constant_tiles(dtype), *operands)

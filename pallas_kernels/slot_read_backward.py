@@ -10,8 +10,8 @@ from pallas_kernels.tiles import SIZE, SQUARE
 
 STAGES = 2
 """steps of the loops over channels that are in flight"""
-SINCE_START = decays.LEVELS
-"""where in the pool, behind the factors of the levels, the gates' product since the chunk's start is"""
+OUT, P, WRITE, PARTS = range(decays.LEVELS, decays.LEVELS + 4)
+"""scratch tiles behind the six of the loops, which are also those of the factors of the levels"""
 
 
 def slot_read_backward(d_out, k, v, parts, write, keys, values, p, *, scale, interpret=None):
@@ -35,13 +35,12 @@ def slot_read_backward(d_out, k, v, parts, write, keys, values, p, *, scale, int
     key_steps, value_steps = key_size // SIZE, value_size // SIZE
     operands = (d_out, k, v, keys, values, parts, p) + (() if write is None else (write,))
 
-    def body(chunk, memory, arrived, d_out_ref, k_ref, v_ref, keys_ref, values_ref, parts_ref, p_ref, *refs):
+    def body(chunk, pool, constants, arrived, d_out_ref, k_ref, v_ref, keys_ref, values_ref, parts_ref, p_ref, *refs):
         write_refs, outputs = refs[: len(operands) - 7], refs[len(operands) - 7 :]
         dq_ref, d_scores_ref, d_before_ref, ds_ref, b_ref, key_ref, value_ref = outputs
         b, h, n = chunk
         g, tokens = lax.div(h, num_heads // num_groups), pl.ds(n * SIZE, SIZE)
-        pool, out = memory["pool"], memory["out"]
-        parts = [memory["parts"].at[i] for i in range(num_parts)]
+        parts = [pool.at[PARTS + i] for i in range(num_parts)]
 
         def request_value(step):
             if step < value_steps:
@@ -60,17 +59,17 @@ def slot_read_backward(d_out, k, v, parts, write, keys, values, p, *, scale, int
 
         def save(ref, x):
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            out[...] = x.astype(dtype)
+            pool[OUT] = x.astype(dtype)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(out, ref.at[b, tokens, h])
+            plgpu.copy_smem_to_gmem(pool.at[OUT], ref.at[b, tokens, h])
 
         for step in range(STAGES):
             request_value(step)
         for i in range(num_parts):
             plgpu.copy_gmem_to_smem(parts_ref.at[i, b, tokens, g], parts[i], arrived["gates"])
-        plgpu.copy_gmem_to_smem(p_ref.at[b, tokens, h], memory["p"], arrived["gates"])
+        plgpu.copy_gmem_to_smem(p_ref.at[b, tokens, h], pool.at[P], arrived["gates"])
         for ref in write_refs:
-            plgpu.copy_gmem_to_smem(ref.at[b, tokens, g], memory["write"], arrived["gates"])
+            plgpu.copy_gmem_to_smem(ref.at[b, tokens, g], pool.at[WRITE], arrived["gates"])
 
         def read_values(d_scores, d_before):
             for step in range(value_steps):
@@ -86,27 +85,25 @@ def slot_read_backward(d_out, k, v, parts, write, keys, values, p, *, scale, int
         d_scores, d_before = pl.run_scoped(read_values, accumulator, accumulator)
         plgpu.barrier_wait(arrived["gates"])
         save(d_scores_ref, d_scores)
-        own, earlier = decays.own_and_earlier(d_scores, dtype)
-
-        def strength():
-            return tiles.load(memory["write"]) if write_refs else decays.write_strength(decays.log_decay(parts))
-
-        through = decays.through(parts)
+        own, d_scores = decays.own(d_scores), d_scores.astype(dtype)
+        strength = tiles.load(pool.at[WRITE]) if write_refs else decays.write_strength(decays.log_decay(parts))
+        decays.store_factors(pool, constants, parts, strength)
+        through = decays.gates_product(constants.at[decays.THROUGH], parts)
         dp = d_before * through
         save(d_before_ref, dp)
-        save(value_ref, tiles.load(memory["p"]) * through)
-        pool[SINCE_START] = through.astype(dtype)
-        decays.store_factors(pool, parts, strength())
+        save(value_ref, tiles.load(pool.at[P]) * through)
+        # The parts of the log decays are not needed any more.
+        pool[PARTS], pool[WRITE] = through.astype(dtype), strength.astype(dtype)
         plgpu.commit_smem()
-        dp = decays.sums(own, earlier, pool, strength(), dp)
-        p = tiles.load(memory["p"])
+        dp = decays.sums(own, d_scores, pool, constants, tiles.load(pool.at[WRITE]), dp)
+        p = tiles.load(pool.at[P])
         ds = scale * p * (dp - tiles.along_rows((p * dp).sum(axis=1)))
         save(ds_ref, ds)
-        b_scores = decays.scores(ds, pool, strength())
+        b_scores = decays.scores(ds, pool, constants, tiles.load(pool.at[WRITE]))
         save(b_ref, b_scores)
-        ds = ds * tiles.load(pool.at[SINCE_START])
+        ds *= tiles.load(pool.at[PARTS])
         save(key_ref, ds)
-        b_scores, ds = b_scores.astype(dtype), ds.astype(dtype)
+        ds = ds.astype(dtype)
 
         plgpu.commit_smem()
         for step in range(STAGES):
@@ -120,16 +117,7 @@ def slot_read_backward(d_out, k, v, parts, write, keys, values, p, *, scale, int
             dq[...] = result.astype(dtype)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(dq, dq_ref.at[b, tokens, h, pl.ds(step * SIZE, SIZE)])
-        plgpu.wait_smem_to_gmem(0)
 
-    memory = {
-        "pool": ((7, *SQUARE), dtype),
-        "parts": ((num_parts, *SQUARE), decays.PARTS_DTYPE),
-        "p": (SQUARE, dtype),
-        "out": (SQUARE, dtype),
-    }
-    if write is not None:
-        memory["write"] = (SQUARE, dtype)
     per_token = (batch_size, length, num_heads, SIZE)
     return tiles.chunk_kernel(
         "slot_read_backward",
@@ -137,11 +125,13 @@ def slot_read_backward(d_out, k, v, parts, write, keys, values, p, *, scale, int
         ((batch_size, length, num_heads, key_size), dtype),
         *[(per_token, dtype)] * 6,
         shape=(batch_size, num_heads, keys.shape[2]),
-        memory=memory,
+        dtype=dtype,
+        tiles=PARTS + num_parts,
+        constants=decays.THROUGH + 1,
         arrivals={
             **{f"value{slot}": 3 for slot in range(STAGES)},
             **{f"key{slot}": 2 for slot in range(STAGES)},
             "gates": num_parts + 1 + (write is not None),
         },
         interpret=interpret,
-    )(*operands)
+    )(decays.constant_tiles(dtype), *operands)

@@ -1,5 +1,7 @@
 """States between chunks: the recurrence over whole chunks, forward in time and, for gradients, backward."""
 
+import functools
+
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
@@ -10,12 +12,19 @@ from pallas_kernels.tiles import ROWS, SIZE, SQUARE
 
 STAGES = 3
 """chunks in flight"""
+SHORTEST_SEGMENT = 8
+"""chunks in a segment, at least"""
+MOST_PROGRAMS = 264
+"""blocks that run at once, two on each multiprocessor; more segments would not help"""
 
 
 def chunk_states(x, key, kept, initial, *, other=None, reverse=False, interpret=None):
     """The state before each chunk and the one after the last; with `reverse`, time runs backward.
 
         H[c+1] = diag(kept[c]) H[c] + Σ_{j in chunk c} key_j ⊗ x_j
+
+    A long sequence of few heads goes in segments, side by side: what each adds to a state, then the states between the
+    segments, then the states between the chunks of each.
 
     Args:
       x: [B, T, H, D], D a multiple of 64, two-byte.
@@ -29,23 +38,66 @@ def chunk_states(x, key, kept, initial, *, other=None, reverse=False, interpret=
       (states [B, H, N, M, D] in x's dtype, the last state [B, H, M, D] in float32); with `other` also the sums over
       channels of states ⊙ other, [B, H, N, D / block, M] in float32, in parts that are to be added up.
     """
-    batch_size, length, num_heads, width = x.shape
-    num_slots, num_groups, num_chunks = key.shape[-1], *kept.shape[1:3]
-    block = min(width, 128 if width % 128 == 0 else 64)
+    batch_size, num_heads, num_slots, width = initial.shape
+    num_chunks, block = kept.shape[2], _block(width)
+    programs = batch_size * num_heads * (num_slots // SIZE) * (width // block)
+    segment = max(SHORTEST_SEGMENT, pl.cdiv(num_chunks * programs, MOST_PROGRAMS))  # in chunks
+    initial = initial[:, :, None]
+    if segment < num_chunks:
+        (added,) = _segments(x, key, kept, jnp.zeros_like(initial), segment, reverse=reverse, only_last=True)
+        initial = _between_segments(added, kept, initial, segment, reverse)
+    states, last, *dots = _segments(x, key, kept, initial, segment, other=other, reverse=reverse)
+    return states, last[:, :, 0 if reverse else -1], *dots
+
+
+def _between_segments(added, kept, initial, segment, reverse):
+    """The states [B, H, S, M, D] that enter the segments, from what each segment adds."""
+    batch_size, num_heads, num_segments, *_ = added.shape
+    kept = jnp.pad(kept, ((0, 0), (0, 0), (0, -kept.shape[2] % segment), (0, 0)), constant_values=1.0)
+    kept = kept.reshape(batch_size, -1, num_segments, segment, kept.shape[-1]).prod(axis=3)
+    kept = jnp.repeat(kept, num_heads // kept.shape[1], axis=1)[..., None]
+    order = range(num_segments)[::-1] if reverse else range(num_segments)
+    states, state = {}, initial[:, :, 0]
+    for s in order:
+        states[s] = state
+        state = kept[:, :, s] * state + added[:, :, s]
+    return jnp.stack([states[s] for s in range(num_segments)], axis=2)
+
+
+def _block(width):
+    """Channels of the states that one warpgroup carries."""
+    return 128 if width % 128 == 0 else 64
+
+
+def _segments(x, key, kept, initial, segment, *, other=None, reverse=False, only_last=False, interpret=None):
+    """`chunk_states` of segments of that many chunks, each from its own initial state [B, H, S, M, D]."""
+    num_heads, num_slots, width = x.shape[2], key.shape[-1], x.shape[-1]
+    batch_size, num_groups, num_chunks, _ = kept.shape
+    block, num_segments = _block(width), pl.cdiv(num_chunks, segment)
     num_blocks = width // block
     operands = (x, key, kept, initial) if other is None else (x, key, kept, initial, other)
 
     def body(x_ref, key_ref, kept_ref, initial_ref, *refs):
-        other_refs, (states_ref, last_ref, *dots_refs) = refs[: len(operands) - 4], refs[len(operands) - 4 :]
-        bh, m, d = (lax.axis_index(name) for name in ("bh", "m", "d"))
+        other_refs, outputs = refs[: len(operands) - 4], refs[len(operands) - 4 :]
+        (last_ref, states_refs, dots_refs) = (outputs[0], outputs[1:2], outputs[2:])
+        bh, m, d, s = (lax.axis_index(name) for name in ("bh", "m", "d", "s"))
+        first = s * segment
+        steps = lax.min(num_chunks - first, segment)
         b, h = lax.div(bh, num_heads), lax.rem(bh, num_heads)
         g = lax.div(h, num_heads // num_groups)
         rows, columns = pl.ds(m * SIZE, SIZE), pl.ds(d * block, block)
 
-        def scoped(xs, keys, kepts, outs, full, others, dots, arrived, arrived_initial):
-            def chunk(step):
-                return num_chunks - 1 - step if reverse else step
+        def chunk(step):
+            return first + (steps - 1 - step if reverse else step)
 
+        def initial_state(full, arrived):
+            plgpu.copy_gmem_to_smem(initial_ref.at[b, h, s, rows, columns], full, arrived)
+            plgpu.barrier_wait(arrived)
+            state = tiles.load(full)
+            plgpu.commit_smem()
+            return state
+
+        def all_chunks(state, xs, keys, kepts, outs, others, dots, arrived):
             def request(step, slot):
                 n = chunk(step)
                 tokens = pl.ds(n * SIZE, SIZE)
@@ -55,24 +107,20 @@ def chunk_states(x, key, kept, initial, *, other=None, reverse=False, interpret=
                 for ref in other_refs:
                     plgpu.copy_gmem_to_smem(ref.at[b, g, n, rows, columns], others.at[slot], arrived.at[slot])
 
-            plgpu.copy_gmem_to_smem(initial_ref.at[b, h, rows, columns], full, arrived_initial)
-            for step in range(min(STAGES, num_chunks)):
-                request(jnp.int32(step), step)  # a number of its own would be checked against the length
-            plgpu.barrier_wait(arrived_initial)
-
             def one_chunk(step, state):
                 slot, out, n = lax.rem(step, STAGES), lax.rem(step, 2), chunk(step)
-                plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-                outs[out] = state.astype(outs.dtype)
+                if states_refs:
+                    plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+                    outs[out] = state.astype(outs.dtype)
                 plgpu.barrier_wait(arrived.at[slot])
                 if other_refs:
                     dots[out] = (state * tiles.load(others.at[slot])).sum(axis=1)
                 plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(outs.at[out], states_ref.at[b, h, n, rows, columns])
+                for ref in states_refs:
+                    plgpu.copy_smem_to_gmem(outs.at[out], ref.at[b, h, n, rows, columns])
                 for ref in dots_refs:
                     plgpu.copy_smem_to_gmem(dots.at[out], ref.at[b, h, n, d, rows])
-                kept = plgpu.load(kepts.at[slot], layout=ROWS)
-                state = state * tiles.along_rows(kept, block)
+                state *= tiles.along_rows(plgpu.load(kepts.at[slot], layout=ROWS), block)
 
                 def write(acc):
                     plgpu.wgmma(acc, tiles.transposed(keys.at[slot]), xs.at[slot])
@@ -80,42 +128,49 @@ def chunk_states(x, key, kept, initial, *, other=None, reverse=False, interpret=
 
                 state = pl.run_state(write)(plgpu.ACC.init(state))
 
-                @pl.when(step + STAGES < num_chunks)
+                @pl.when(step + STAGES < steps)
                 def _():
                     request(step + STAGES, slot)
 
                 return state
 
-            state = lax.fori_loop(0, num_chunks, one_chunk, tiles.load(full))
+            for step in range(STAGES):
+                pl.when(step < steps)(functools.partial(request, step, step))
+            state = lax.fori_loop(0, steps, one_chunk, state)
             plgpu.wait_smem_to_gmem(0)
+            return state
+
+        def last_state(state, full):
             full[...] = state
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(full, last_ref.at[b, h, rows, columns])
+            plgpu.copy_smem_to_gmem(full, last_ref.at[b, h, s, rows, columns])
             plgpu.wait_smem_to_gmem(0)
 
-        pl.run_scoped(
-            scoped,
+        # One after another, in the same shared memory.
+        full = tiles.scratch((SIZE, block))
+        state = pl.run_scoped(initial_state, full, plgpu.Barrier())
+        state = pl.run_scoped(
+            functools.partial(all_chunks, state),
             tiles.scratch((STAGES, SIZE, block), x.dtype),
             tiles.scratch((STAGES, *SQUARE), x.dtype),
             plgpu.SMEM((STAGES, SIZE), jnp.float32),
-            tiles.scratch((2, SIZE, block), x.dtype),
-            tiles.scratch((SIZE, block)),
+            tiles.scratch((2, SIZE, block), x.dtype) if states_refs else None,
             tiles.scratch((STAGES, SIZE, block), x.dtype) if other_refs else None,
             plgpu.SMEM((2, SIZE), jnp.float32) if other_refs else None,
             plgpu.Barrier(num_arrivals=3 + len(other_refs), num_barriers=STAGES),
-            plgpu.Barrier(),
         )
+        pl.run_scoped(functools.partial(last_state, state), full)
 
-    outputs = [
-        ((batch_size, num_heads, num_chunks, num_slots, width), x.dtype),
-        ((batch_size, num_heads, num_slots, width), jnp.float32),
-    ]
+    outputs = [((batch_size, num_heads, num_segments, num_slots, width), jnp.float32)]
+    if not only_last:
+        outputs.append(((batch_size, num_heads, num_chunks, num_slots, width), x.dtype))
     if other is not None:
         outputs.append(((batch_size, num_heads, num_chunks, num_blocks, num_slots), jnp.float32))
-    return tiles.kernel(
+    last, *others = tiles.kernel(
         "chunk_states" + "_reversed" * reverse,
         body,
         *outputs,
-        grid={"bh": batch_size * num_heads, "m": num_slots // SIZE, "d": num_blocks},
+        grid={"bh": batch_size * num_heads, "s": num_segments, "m": num_slots // SIZE, "d": num_blocks},
         interpret=interpret,
     )(*operands)
+    return (last,) if only_last else (others[0], last, *others[1:])

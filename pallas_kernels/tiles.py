@@ -1,27 +1,26 @@
 """What the kernels of this package share: tiles, products of tiles, one warpgroup a chunk.
 
-A tile is 64 tokens or slots, the rows of one wgmma instruction, by 64 channels, in shared memory; in registers it is
-one float32 array spread over a warpgroup. All names here speak of one tile.
+A tile is 64 tokens or slots, the rows of one wgmma instruction, by 64 channels: two-byte numbers in shared memory, or
+one array in the registers of a warpgroup. All functions here speak of one tile.
 """
 
 import math
 
 import jax
-import jax.experimental.mosaic.gpu as mgpu
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import llvm
 
 SIZE = 64
 """rows and columns of a tile; tokens in a chunk"""
 SQUARE = (SIZE, SIZE)
-SHARED_MEMORY = 220 * 1024
+SHARED_MEMORY = 224 * 1024
 """bytes of tiles in a block, at most: an H100's 227 KiB, less barriers and scratch of reductions"""
-MOST_WARPGROUPS = 2
-"""in a block: a thread then has 255 registers; with three, 168, and some kernels spill"""
+WARPGROUPS = 2
+"""in a block, at most: a thread then has 255 registers; with three, 168, and the kernels spill"""
+MULTIPROCESSORS = 132
+"""of an H100 or H200: as many blocks run, one on each"""
 
 REGISTERS = plgpu.Layout.WGMMA
 ROWS = plgpu.Layout.WGMMA.reduce(1)
@@ -37,9 +36,9 @@ def scratch(shape, dtype=jnp.float32):
     return plgpu.SMEM(shape, dtype, transforms=swizzled if is_operand else ())
 
 
-def load(ref):
-    """From shared memory to registers, in float32."""
-    return plgpu.load(ref, layout=REGISTERS).astype(jnp.float32)
+def load(ref, dtype=jnp.float32):
+    """From shared memory to registers."""
+    return plgpu.load(ref, layout=REGISTERS).astype(dtype)
 
 
 def transposed(ref):
@@ -70,35 +69,37 @@ def along_columns(x, rows=SIZE):
 def row_and_column():
     """(row, column) of every element, int32 [SIZE, SIZE] each.
 
-    The rows hide from the compiler, behind a zero it can't know, which elements of a mask are constant: ptxas 13.0
-    computes constant operands of a wgmma anew, in registers from which an earlier wgmma may still be reading.
+    Not for masks of wgmma's operands in registers: ptxas 13.0 computes elements that it knows to be constant anew, in
+    registers from which an earlier wgmma may still be reading.
     """
-    row, column = (plgpu.broadcasted_iota(jnp.int32, SQUARE, axis, layout=REGISTERS) for axis in (0, 1))
-    return row + unknown_zero(), column
+    return tuple(plgpu.broadcasted_iota(jnp.int32, SQUARE, axis, layout=REGISTERS) for axis in (0, 1))
 
 
-@plgpu.inline_mgpu(return_type=plgpu.ShapeDtypeStruct(SQUARE, jnp.int32, layout=REGISTERS))
-def unknown_zero(_):
-    """Zeros, from the number of the multiprocessor, of which the compiler doesn't know that it is below 2^24."""
-    code = "{ .reg .u32 number; mov.u32 number, %smid; shr.u32 $0, number, 24; }"
-    zero = llvm.inline_asm(ir.IntegerType.get_signless(32), [], code, "=r", has_side_effects=False)
-    return mgpu.FragmentedArray.splat(zero, SQUARE, layout=REGISTERS.to_mgpu(), is_signed=True)
+def vary_alike(*arrays):
+    """Lets arrays, or None, vary over all the mesh axes of a `jax.shard_map` over which any of them does."""
+
+    def varying(x):
+        return jax.typeof(x).manual_axis_type.varying
+
+    axes = frozenset().union(*(varying(x) for x in arrays if x is not None))
+    return [
+        x if x is None or varying(x) == axes else lax.pcast(x, tuple(axes - varying(x)), to="varying") for x in arrays
+    ]
 
 
 def kernel(name, body, *outputs, grid, interpret=None, **threads):
     """`plgpu.kernel` over a grid given as a dictionary, slowest axis first; outputs as (shape, dtype)."""
-
     body.__name__ = name  # as profiles show it
 
     def call(*operands):
-        # Inside a shard_map the outputs vary over the mesh axes over which any operand does.
-        kind = max((jax.typeof(x).manual_axis_type for x in operands), key=lambda kind: len(kind.varying))
+        operands = vary_alike(*operands)
+        kind = jax.typeof(operands[0]).manual_axis_type
         return plgpu.kernel(
             body,
             out_type=tuple(jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=kind) for shape, dtype in outputs),
             grid=tuple(grid.values()),
             grid_names=tuple(grid),
-            compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=2048),
+            compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=1024),
             interpret=interpret,
             **threads,
         )(*operands)
@@ -106,40 +107,63 @@ def kernel(name, body, *outputs, grid, interpret=None, **threads):
     return call
 
 
-def chunk_kernel(name, body, *outputs, shape, memory, arrivals, interpret=None):
-    """A kernel whose every warpgroup does one chunk of one head: `body((b, h, n), memory, barriers, *refs)`.
+def chunk_kernel(name, body, *outputs, shape, dtype, tiles, constants, arrivals, vectors=0, interpret=None):
+    """A kernel whose every warpgroup does one chunk of one head after another.
+
+    `body((b, h, n), pool, constants, arrived, *refs)` does chunk n of head h of batch entry b, with scratch tiles
+    [tiles, SIZE, SIZE] of its own, constant tiles [constants, SIZE, SIZE] that all share, and its barriers by name.
+    Then come float32 numbers [vectors, SIZE] of its own, if any, and the references to operands and outputs. The first
+    operand is the array whose first tiles are the constant ones.
 
     Args:
-      body: gets the chunk's batch entry, head and number, its own shared memory and barriers by name, and the
-        references to operands and outputs.
       outputs: (shape, dtype) each.
       shape: (batch size, number of heads, number of chunks).
-      memory: name -> (shape, dtype) of an array in shared memory.
+      dtype: of the tiles.
       arrivals: name -> how many copies a barrier waits for.
     """
     total, (_, num_heads, num_chunks) = math.prod(shape), shape
-    size = sum(math.prod(shape) * jnp.dtype(dtype).itemsize for shape, dtype in memory.values())
-    warpgroups = min(MOST_WARPGROUPS, SHARED_MEMORY // size)
+    tile = math.prod(SQUARE) * jnp.dtype(dtype).itemsize
+    warpgroups = min(WARPGROUPS, (SHARED_MEMORY - constants * tile) // (tiles * tile))
+    blocks = min(MULTIPROCESSORS, pl.cdiv(total, warpgroups))
 
-    def every_warpgroup(*refs):
+    def every_warpgroup(constants_ref, *refs):
         warpgroup = lax.axis_index("warpgroup")
-        index = lax.axis_index("block") * warpgroups + warpgroup
+        first = lax.axis_index("block") * warpgroups + warpgroup
 
-        def scoped(memory, barriers):
-            @pl.when(index < total)
+        def scoped(pool, shared, vectors, barriers, arrived):
+            @pl.when(warpgroup == 0)
             def _():
+                for i in range(constants):
+                    plgpu.copy_gmem_to_smem(constants_ref.at[i], shared.at[i], arrived)
+
+            if constants:
+                plgpu.barrier_wait(arrived)
+
+            def one_chunk(step, _):
+                index = first + step * (blocks * warpgroups)
                 n, bh = lax.rem(index, num_chunks), lax.div(index, num_chunks)
                 body(
                     (lax.div(bh, num_heads), lax.rem(bh, num_heads), n),
-                    {name: ref.at[warpgroup] for name, ref in memory.items()},
+                    pool.at[warpgroup],
+                    shared,
                     {name: ref.at[warpgroup] for name, ref in barriers.items()},
+                    *(() if vectors is None else (vectors.at[warpgroup],)),
                     *refs,
                 )
+                # The next chunk's tiles go where threads may still read, and copies to memory too.
+                plgpu.wait_smem_to_gmem(0)
+                plgpu.commit_smem()
+
+            steps = lax.div(total - first + blocks * warpgroups - 1, blocks * warpgroups)
+            lax.fori_loop(0, steps, one_chunk, None)
 
         pl.run_scoped(
             scoped,
-            {name: scratch((warpgroups, *shape), dtype) for name, (shape, dtype) in memory.items()},
+            scratch((warpgroups, tiles, *SQUARE), dtype),
+            scratch((constants, *SQUARE), dtype) if constants else None,
+            scratch((warpgroups, vectors, SIZE)) if vectors else None,
             {name: plgpu.Barrier(num_arrivals=n, num_barriers=warpgroups) for name, n in arrivals.items()},
+            plgpu.Barrier(num_arrivals=max(constants, 1)),
             collective_axes="warpgroup",
         )
 
@@ -147,7 +171,7 @@ def chunk_kernel(name, body, *outputs, shape, memory, arrivals, interpret=None):
         name,
         every_warpgroup,
         *outputs,
-        grid={"block": pl.cdiv(total, warpgroups)},
+        grid={"block": blocks},
         num_threads=warpgroups,
         thread_name="warpgroup",
         interpret=interpret,

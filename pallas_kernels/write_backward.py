@@ -10,6 +10,8 @@ from pallas_kernels.tiles import SIZE, SQUARE
 
 STAGES = 2
 """steps of the loops over channels that are in flight"""
+SCORES, KEY, OUT = range(3 * STAGES, 3 * STAGES + 3)
+"""scratch tiles behind those of the loops"""
 
 
 def write_backward(memories, key, interpret=None):
@@ -31,24 +33,23 @@ def write_backward(memories, key, interpret=None):
     steps = [(index, step) for index, (x, *_) in enumerate(memories) for step in range(x.shape[-1] // SIZE)]
     operands = [array for memory in memories for array in memory] + [key]
 
-    def body(chunk, memory, arrived, *refs):
+    def body(chunk, pool, _, arrived, *refs):
         inputs, (d_key_ref, *dx_refs) = refs[: len(operands)], refs[len(operands) :]
         *memory_refs, key_ref = inputs
         memory_refs = [memory_refs[4 * index : 4 * index + 4] for index in range(len(memories))]
         b, h, n = chunk
         g, tokens = lax.div(h, num_heads // num_groups), pl.ds(n * SIZE, SIZE)
-        ring, out = memory["ring"], memory["out"]
 
         def request(number):
             if number < len(steps):
                 (index, step), slot = steps[number], number % STAGES
                 x_ref, y_ref, _, state_ref = memory_refs[index]
                 columns, barrier = pl.ds(step * SIZE, SIZE), arrived[f"step{slot}"]
-                plgpu.copy_gmem_to_smem(x_ref.at[b, tokens, g, columns], ring.at[3 * slot], barrier)
-                plgpu.copy_gmem_to_smem(y_ref.at[b, tokens, h, columns], ring.at[3 * slot + 1], barrier)
-                plgpu.copy_gmem_to_smem(state_ref.at[b, h, n, :, columns], ring.at[3 * slot + 2], barrier)
+                plgpu.copy_gmem_to_smem(x_ref.at[b, tokens, g, columns], pool.at[3 * slot], barrier)
+                plgpu.copy_gmem_to_smem(y_ref.at[b, tokens, h, columns], pool.at[3 * slot + 1], barrier)
+                plgpu.copy_gmem_to_smem(state_ref.at[b, h, n, :, columns], pool.at[3 * slot + 2], barrier)
 
-        plgpu.copy_gmem_to_smem(key_ref.at[b, tokens, g], memory["key"], arrived["key"])
+        plgpu.copy_gmem_to_smem(key_ref.at[b, tokens, g], pool.at[KEY], arrived["key"])
         for number in range(STAGES):
             request(number)
 
@@ -57,29 +58,28 @@ def write_backward(memories, key, interpret=None):
                 slot = number % STAGES
                 if step == 0:
                     scores_ref = memory_refs[index][2]
-                    plgpu.copy_gmem_to_smem(scores_ref.at[b, tokens, h], memory["scores"], arrived["scores"])
+                    plgpu.copy_gmem_to_smem(scores_ref.at[b, tokens, h], pool.at[SCORES], arrived["scores"])
                     plgpu.barrier_wait(arrived["scores"])
                 if number == 0:
                     plgpu.barrier_wait(arrived["key"])
                 plgpu.barrier_wait(arrived[f"step{slot}"])
-                plgpu.wgmma(d_key, ring.at[3 * slot], tiles.transposed(ring.at[3 * slot + 2]))
+                plgpu.wgmma(d_key, pool.at[3 * slot], tiles.transposed(pool.at[3 * slot + 2]))
                 dx = tiles.product(
-                    (tiles.transposed(memory["scores"]), ring.at[3 * slot + 1]), (memory["key"], ring.at[3 * slot + 2])
+                    (tiles.transposed(pool.at[SCORES]), pool.at[3 * slot + 1]), (pool.at[KEY], pool.at[3 * slot + 2])
                 )
                 plgpu.wgmma_wait(0)
                 request(number + STAGES)
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                out[...] = dx.astype(dtype)
+                pool[OUT] = dx.astype(dtype)
                 plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(out, dx_refs[index].at[b, tokens, h, pl.ds(step * SIZE, SIZE)])
+                plgpu.copy_smem_to_gmem(pool.at[OUT], dx_refs[index].at[b, tokens, h, pl.ds(step * SIZE, SIZE)])
             return d_key[...]
 
         d_key = pl.run_scoped(accumulate, plgpu.ACC(SQUARE, jnp.float32))
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        out[...] = d_key.astype(dtype)
+        pool[OUT] = d_key.astype(dtype)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(out, d_key_ref.at[b, tokens, h])
-        plgpu.wait_smem_to_gmem(0)
+        plgpu.copy_smem_to_gmem(pool.at[OUT], d_key_ref.at[b, tokens, h])
 
     return tiles.chunk_kernel(
         "write_backward",
@@ -87,12 +87,9 @@ def write_backward(memories, key, interpret=None):
         ((batch_size, length, num_heads, SIZE), dtype),
         *[((batch_size, length, num_heads, x.shape[-1]), dtype) for x, *_ in memories],
         shape=(batch_size, num_heads, memories[0][3].shape[2]),
-        memory={
-            "ring": ((3 * STAGES, *SQUARE), dtype),
-            "scores": (SQUARE, dtype),
-            "key": (SQUARE, dtype),
-            "out": (SQUARE, dtype),
-        },
+        dtype=dtype,
+        tiles=OUT + 1,
+        constants=0,
         arrivals={**{f"step{slot}": 3 for slot in range(STAGES)}, "scores": 1, "key": 1},
         interpret=interpret,
-    )(*operands)
+    )(jnp.zeros((1, *SQUARE), dtype), *operands)
