@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import arguments
-from pallas_kernels.arguments import over_heads, pad_tokens, to_first_head
+from pallas_kernels.arguments import over_heads, pad_tokens, to_first_head, vary_alike
 from pallas_kernels.gates import chunk_gates
 from pallas_kernels.linear_read import linear_read
 from pallas_kernels.linear_read_backward import linear_read_backward
@@ -33,8 +33,7 @@ def gated_linear_attention(q, k, v, log_decay, state, *, scale):
       log_decay: [B, T, G, K], or [B, T, G, 1] for one gate per head.
       state: that the first token finds, [B, G, K, V] in float32.
     """
-    arrays = pad_tokens(q, k, v, jnp.broadcast_to(log_decay, k.shape))
-    out, state = _attention(*arrays, state, scale)
+    out, state = _attention(*vary_alike(*pad_tokens(q, k, v, log_decay), state), scale)
     return out[:, : q.shape[1]], state
 
 
@@ -44,17 +43,19 @@ def _attention(q, k, v, log_decay, state, scale):
 
 
 def _forward(q, k, v, log_decay, state, scale, residuals=True):
-    parts, key, kept = chunk_gates(log_decay, k, q.dtype)
+    parts, key, kept = chunk_gates(jnp.broadcast_to(log_decay, k.shape), k, q.dtype)
     states, last = chunk_states(v, key, kept, state)
     out, *read = linear_read(q, k, v, parts, states, scale=scale, residuals=residuals)
-    return (out, last), (q, k, v, jnp.zeros((), log_decay.dtype), parts, key, kept, states, read)
+    like_gates = jnp.zeros(log_decay.shape[-1], log_decay.dtype)
+    return (out, last), (q, k, v, like_gates, parts, key, kept, states, read)
 
 
 def _backward(scale, saved, cotangents):
-    q, k, v, like_log_decay, parts, key, kept, states, (scores, reading) = saved
+    q, k, v, like_gates, parts, key, kept, states, (scores, reading) = saved
     d_out, d_last = cotangents
     per_head = q.shape[2] // k.shape[2]
-    gates_dtype = like_log_decay.dtype if per_head == 1 else jnp.float32
+    one_gate = like_gates.size == 1
+    gates_dtype = jnp.float32 if one_gate or per_head > 1 else like_gates.dtype
 
     d_states, d_first, dot = chunk_states(
         d_out, reading, kept, to_first_head(d_last, per_head), other=states, reverse=True
@@ -65,11 +66,14 @@ def _backward(scale, saved, cotangents):
         d_out, q, k, v, parts, states, d_states, d_kept, scale=scale, out_dtype=gates_dtype
     )
     sum_heads = functools.partial(over_heads, per_head=per_head)
+    d_log_decay = sum_heads(d_log_decay, 2)
+    if one_gate:
+        d_log_decay = d_log_decay.sum(-1, keepdims=True)
     return (
         dq,
         sum_heads(dk, 2),
         sum_heads(dv, 2),
-        sum_heads(d_log_decay, 2).astype(like_log_decay.dtype),
+        d_log_decay.astype(like_gates.dtype),
         sum_heads(d_first, 1),
     )
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import arguments
-from pallas_kernels.arguments import over_heads, pad_tokens, to_first_head
+from pallas_kernels.arguments import over_heads, pad_tokens, to_first_head, vary_alike
 from pallas_kernels.gates import chunk_gates
 from pallas_kernels.gates_backward import gates_backward
 from pallas_kernels.slot_read import slot_read
@@ -38,7 +38,8 @@ def gated_slot_attention(q, k, v, log_decay, write, keys, values, *, scale):
     q, k, v, log_decay, write = pad_tokens(q, k, v, log_decay, write)
     log_decay, write = (x if x is None else jnp.pad(x, ((0, 0),) * 3 + ((0, slots),)) for x in (log_decay, write))
     keys, values = (jnp.pad(x, ((0, 0), (0, 0), (0, slots), (0, 0))) for x in (keys, values))
-    out, keys, values = _attention(q, k, v, log_decay, write, keys, values, scale, num_slots)
+    arrays = vary_alike(q, k, v, log_decay, write, keys, values)
+    out, keys, values = _attention(*arrays, scale, num_slots)
     return out[:, :length], keys[:, :, :num_slots], values[:, :, :num_slots]
 
 
