@@ -10,9 +10,8 @@ from pallas_kernels.tiles import SIZE, SQUARE
 
 STAGES = 2
 """steps of the loop over channels of V that are in flight"""
-MIRRORED, X, XY, DQ, DK = range(5)
-"""what the scratch tiles of the loop hold once it is over"""
-QUERY, KEY, PARTS = range(4 * STAGES, 4 * STAGES + 3)
+PARTS = 4 * STAGES
+"""scratch tiles behind those of the loop"""
 
 
 def linear_read_backward(d_out, q, k, v, parts, states, d_states, d_kept, *, scale, out_dtype, interpret=None):
@@ -39,6 +38,9 @@ def linear_read_backward(d_out, q, k, v, parts, states, d_states, d_kept, *, sca
     num_parts, dtype = parts.shape[0], q.dtype
     num_outputs = decays.num_parts(out_dtype, dtype)
     num_chunks, num_blocks, num_steps = states.shape[2], key_size // SIZE, value_size // SIZE
+    last = (num_steps - 1) % STAGES
+    QUERY, KEY, X, XY = (i for i in range(PARTS) if i // 4 != last)  # tiles that the loop's last step leaves free
+    MIRRORED, DQ, DK, _ = (i for i in range(PARTS) if i // 4 == last)
 
     def body(chunk, pool, constants, arrived, kept, *refs):
         d_out_ref, q_ref, k_ref, v_ref, parts_ref, states_ref, d_states_ref, d_kept_ref = refs[:8]
@@ -46,7 +48,8 @@ def linear_read_backward(d_out, q, k, v, parts, states, d_states, d_kept, *, sca
         b, h, n = *chunk[:2], lax.div(chunk[2], num_blocks)
         block = pl.ds(lax.rem(chunk[2], num_blocks) * SIZE, SIZE)
         g, tokens = lax.div(h, num_heads // num_groups), pl.ds(n * SIZE, SIZE)
-        query, key, *parts = (pool.at[QUERY + i] for i in range(2 + num_parts))
+        query, key = pool.at[QUERY], pool.at[KEY]
+        parts = [pool.at[PARTS + i] for i in range(num_parts)]
 
         def request(step):
             if step < num_steps:
@@ -62,8 +65,6 @@ def linear_read_backward(d_out, q, k, v, parts, states, d_states, d_kept, *, sca
 
         for step in range(STAGES):
             request(step)
-        plgpu.copy_gmem_to_smem(q_ref.at[b, tokens, h, block], query, arrived["block"])
-        plgpu.copy_gmem_to_smem(k_ref.at[b, tokens, g, block], key, arrived["block"])
         plgpu.copy_gmem_to_smem(d_kept_ref.at[b, h, n, block], kept.at[0], arrived["block"])
         for i in range(num_parts):
             plgpu.copy_gmem_to_smem(parts_ref.at[i, b, tokens, g, block], parts[i], arrived["block"])
@@ -71,6 +72,9 @@ def linear_read_backward(d_out, q, k, v, parts, states, d_states, d_kept, *, sca
         def through_values(d_scores, mirrored, d_before, d_key):
             for step in range(num_steps):
                 slot = step % STAGES
+                if step == num_steps - 1:
+                    plgpu.copy_gmem_to_smem(q_ref.at[b, tokens, h, block], query, arrived["block"])
+                    plgpu.copy_gmem_to_smem(k_ref.at[b, tokens, g, block], key, arrived["block"])
                 plgpu.barrier_wait(arrived[f"step{slot}"])
                 d_out, v, state, d_state = (pool.at[4 * slot + i] for i in range(4))
                 plgpu.wgmma(d_scores, d_out, tiles.transposed(v))
@@ -102,19 +106,21 @@ def linear_read_backward(d_out, q, k, v, parts, states, d_states, d_kept, *, sca
         plgpu.commit_smem()
         dq += tiles.along_rows(own) * tiles.load(key)
         dk += tiles.along_rows(own) * tiles.load(query)
-        d_log_decay, dq, dk = through_levels(query, key, parts, constants, pool, (d_log_decay, dq, dk))
+        d_log_decay, dq, dk = through_levels(
+            query, key, pool.at[MIRRORED], (pool.at[X], pool.at[XY]), parts, constants, (d_log_decay, dq, dk)
+        )
 
         d_log_decay += tiles.along_columns(plgpu.load(kept.at[0], layout=tiles.COLUMNS))
         put(DQ, dq)
         put(DK, dk)
-        for i in range(num_outputs):
-            put(X + i, d_log_decay)
+        for tile, _ in zip((X, XY), d_log_decay_refs, strict=False):
+            put(tile, d_log_decay)
             d_log_decay -= d_log_decay.astype(dtype).astype(jnp.float32)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(pool.at[DQ], dq_ref.at[b, tokens, h, block])
         plgpu.copy_smem_to_gmem(pool.at[DK], dk_ref.at[b, tokens, h, block])
-        for i, ref in enumerate(d_log_decay_refs):
-            plgpu.copy_smem_to_gmem(pool.at[X + i], ref.at[b, tokens, h, block])
+        for tile, ref in zip((X, XY), d_log_decay_refs, strict=False):
+            plgpu.copy_smem_to_gmem(pool.at[tile], ref.at[b, tokens, h, block])
 
     per_token = (batch_size, length, num_heads, key_size)
     dq, dk, *d_log_decay = tiles.chunk_kernel(
@@ -132,26 +138,27 @@ def linear_read_backward(d_out, q, k, v, parts, states, d_states, d_kept, *, sca
     return dq, dk, sum(part.astype(out_dtype) for part in d_log_decay)
 
 
-def through_levels(query, key, parts, constants, pool, gradients):
+def through_levels(query, key, mirrored, work, parts, constants, gradients):
     """Adds what comes from pairs of tokens to the gradients of the log decays, queries and keys.
 
     At one level a row is either a query's, in a later half, or a key's, in an earlier half: x_i = f_i ⊙ (q_i or k_i)
     with the factor f. Either way the pairs of the level pull at it by y_i = Σ_j (dS + dSᵀ)_ij x_j, scale being in dS:
     f ⊙ y is the gradient of that query or key, x ⊙ y that of log f.
     """
-    mirrored = tiles.load(pool.at[MIRRORED], pool.dtype)
+    dtype, (pulled, product) = query.dtype, work
+    mirrored = tiles.load(mirrored, dtype)
 
     def one_level(index, gradients):
         d_log_decay, dq, dk = gradients
         window, later = constants.at[decays.WINDOWS + index], decays.in_later_half(index)
         factor = decays.gates_product(window, parts)
-        pool[X] = (factor * jnp.where(later, tiles.load(query), tiles.load(key))).astype(pool.dtype)
+        pulled[...] = (factor * jnp.where(later, tiles.load(query), tiles.load(key))).astype(dtype)
         plgpu.commit_smem()
-        y = tiles.product((decays.at_level(index, constants, mirrored), pool.at[X]))
-        pool[XY] = (tiles.load(pool.at[X]) * y).astype(pool.dtype)
+        y = tiles.product((decays.at_level(index, constants, mirrored), pulled))
+        product[...] = (tiles.load(pulled) * y).astype(dtype)
         plgpu.commit_smem()
         y *= factor
         dq, dk = dq + jnp.where(later, y, 0.0), dk + jnp.where(later, 0.0, y)
-        return d_log_decay + tiles.product((tiles.transposed(window), pool.at[XY])), dq, dk
+        return d_log_decay + tiles.product((tiles.transposed(window), product)), dq, dk
 
     return decays.each_level(one_level, gradients)

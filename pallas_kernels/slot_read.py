@@ -8,8 +8,8 @@ from jax import lax
 from pallas_kernels import decays, tiles
 from pallas_kernels.tiles import SIZE, SQUARE
 
-STAGES = 2
-"""steps of the loops over channels that are in flight"""
+KEY_STAGES, VALUE_STAGES = 2, 3
+"""steps of the loops over channels that are in flight, of three and of two tiles each"""
 OUT, WRITE, PARTS = decays.LEVELS, decays.LEVELS + 1, decays.LEVELS + 2
 """scratch tiles behind the six of the loops, which are also those of the factors of the levels"""
 
@@ -47,7 +47,7 @@ def slot_read(q, k, v, parts, write, keys, values, *, scale, num_slots, residual
 
         def request_key(step):
             if step < key_steps:
-                columns, slot = pl.ds(step * SIZE, SIZE), step % STAGES
+                columns, slot = pl.ds(step * SIZE, SIZE), step % KEY_STAGES
                 barrier = arrived[f"key{slot}"]
                 plgpu.copy_gmem_to_smem(q_ref.at[b, tokens, h, columns], pool.at[3 * slot], barrier)
                 plgpu.copy_gmem_to_smem(k_ref.at[b, tokens, g, columns], pool.at[3 * slot + 1], barrier)
@@ -55,7 +55,7 @@ def slot_read(q, k, v, parts, write, keys, values, *, scale, num_slots, residual
 
         def request_value(step):
             if step < value_steps:
-                columns, slot = pl.ds(step * SIZE, SIZE), step % STAGES
+                columns, slot = pl.ds(step * SIZE, SIZE), step % VALUE_STAGES
                 barrier = arrived[f"value{slot}"]
                 plgpu.copy_gmem_to_smem(v_ref.at[b, tokens, g, columns], pool.at[2 * slot], barrier)
                 plgpu.copy_gmem_to_smem(values_ref.at[b, g, n, :, columns], pool.at[2 * slot + 1], barrier)
@@ -67,7 +67,7 @@ def slot_read(q, k, v, parts, write, keys, values, *, scale, num_slots, residual
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(pool.at[OUT], residual_refs[index].at[b, tokens, h])
 
-        for step in range(STAGES):
+        for step in range(KEY_STAGES):
             request_key(step)
         for i in range(num_parts):
             plgpu.copy_gmem_to_smem(parts_ref.at[i, b, tokens, g], parts[i], arrived["gates"])
@@ -76,12 +76,12 @@ def slot_read(q, k, v, parts, write, keys, values, *, scale, num_slots, residual
 
         def read_keys(scores, before):
             for step in range(key_steps):
-                slot = step % STAGES
+                slot = step % KEY_STAGES
                 plgpu.barrier_wait(arrived[f"key{slot}"])
                 plgpu.wgmma(scores, pool.at[3 * slot], tiles.transposed(pool.at[3 * slot + 1]))
                 plgpu.wgmma(before, pool.at[3 * slot], tiles.transposed(pool.at[3 * slot + 2]))
                 plgpu.wgmma_wait(0)
-                request_key(step + STAGES)
+                request_key(step + KEY_STAGES)
             return scores[...], before[...]
 
         accumulator = plgpu.ACC(SQUARE, jnp.float32)
@@ -109,13 +109,13 @@ def slot_read(q, k, v, parts, write, keys, values, *, scale, num_slots, residual
         p = (p * tiles.load(pool.at[PARTS])).astype(dtype)
 
         plgpu.commit_smem()
-        for step in range(STAGES):
+        for step in range(VALUE_STAGES):
             request_value(step)
         for step in range(value_steps):
-            slot, out = step % STAGES, pool.at[4 + step % 2]
+            slot, out = step % VALUE_STAGES, pool.at[(WRITE, OUT)[step % 2]]
             plgpu.barrier_wait(arrived[f"value{slot}"])
             o = tiles.product((scores, pool.at[2 * slot]), (p, pool.at[2 * slot + 1]))
-            request_value(step + STAGES)
+            request_value(step + VALUE_STAGES)
             plgpu.wait_smem_to_gmem(1, wait_read_only=True)
             out[...] = o.astype(dtype)
             plgpu.commit_smem()
@@ -133,8 +133,8 @@ def slot_read(q, k, v, parts, write, keys, values, *, scale, num_slots, residual
         tiles=PARTS + num_parts,
         constants=decays.THROUGH + 1,
         arrivals={
-            **{f"key{slot}": 3 for slot in range(STAGES)},
-            **{f"value{slot}": 2 for slot in range(STAGES)},
+            **{f"key{slot}": 3 for slot in range(KEY_STAGES)},
+            **{f"value{slot}": 2 for slot in range(VALUE_STAGES)},
             "gates": num_parts + (write is not None),
         },
         interpret=interpret,

@@ -8,9 +8,9 @@ from jax import lax
 from pallas_kernels import decays, tiles
 from pallas_kernels.tiles import SIZE, SQUARE
 
-STAGES = 2
-"""steps of the loops over channels that are in flight"""
-OUT, P, WRITE, PARTS = range(decays.LEVELS, decays.LEVELS + 4)
+VALUE_STAGES, KEY_STAGES = 2, 3
+"""steps of the loops over channels that are in flight, of three and of two tiles each"""
+OUT, P, PARTS = range(decays.LEVELS, decays.LEVELS + 3)
 """scratch tiles behind the six of the loops, which are also those of the factors of the levels"""
 
 
@@ -33,6 +33,7 @@ def slot_read_backward(d_out, k, v, parts, write, keys, values, p, *, scale, int
     num_groups, key_size = k.shape[2:]
     num_parts, dtype = parts.shape[0], k.dtype
     key_steps, value_steps = key_size // SIZE, value_size // SIZE
+    WRITE = PARTS + (1 if write is None else num_parts)  # a derived one comes when the log decays are used up
     operands = (d_out, k, v, keys, values, parts, p) + (() if write is None else (write,))
 
     def body(chunk, pool, constants, arrived, d_out_ref, k_ref, v_ref, keys_ref, values_ref, parts_ref, p_ref, *refs):
@@ -44,7 +45,7 @@ def slot_read_backward(d_out, k, v, parts, write, keys, values, p, *, scale, int
 
         def request_value(step):
             if step < value_steps:
-                columns, slot = pl.ds(step * SIZE, SIZE), step % STAGES
+                columns, slot = pl.ds(step * SIZE, SIZE), step % VALUE_STAGES
                 barrier = arrived[f"value{slot}"]
                 plgpu.copy_gmem_to_smem(d_out_ref.at[b, tokens, h, columns], pool.at[3 * slot], barrier)
                 plgpu.copy_gmem_to_smem(v_ref.at[b, tokens, g, columns], pool.at[3 * slot + 1], barrier)
@@ -52,7 +53,7 @@ def slot_read_backward(d_out, k, v, parts, write, keys, values, p, *, scale, int
 
         def request_key(step):
             if step < key_steps:
-                columns, slot = pl.ds(step * SIZE, SIZE), step % STAGES
+                columns, slot = pl.ds(step * SIZE, SIZE), step % KEY_STAGES
                 barrier = arrived[f"key{slot}"]
                 plgpu.copy_gmem_to_smem(k_ref.at[b, tokens, g, columns], pool.at[2 * slot], barrier)
                 plgpu.copy_gmem_to_smem(keys_ref.at[b, g, n, :, columns], pool.at[2 * slot + 1], barrier)
@@ -63,7 +64,7 @@ def slot_read_backward(d_out, k, v, parts, write, keys, values, p, *, scale, int
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(pool.at[OUT], ref.at[b, tokens, h])
 
-        for step in range(STAGES):
+        for step in range(VALUE_STAGES):
             request_value(step)
         for i in range(num_parts):
             plgpu.copy_gmem_to_smem(parts_ref.at[i, b, tokens, g], parts[i], arrived["gates"])
@@ -73,12 +74,12 @@ def slot_read_backward(d_out, k, v, parts, write, keys, values, p, *, scale, int
 
         def read_values(d_scores, d_before):
             for step in range(value_steps):
-                slot = step % STAGES
+                slot = step % VALUE_STAGES
                 plgpu.barrier_wait(arrived[f"value{slot}"])
                 plgpu.wgmma(d_scores, pool.at[3 * slot], tiles.transposed(pool.at[3 * slot + 1]))
                 plgpu.wgmma(d_before, pool.at[3 * slot], tiles.transposed(pool.at[3 * slot + 2]))
                 plgpu.wgmma_wait(0)
-                request_value(step + STAGES)
+                request_value(step + VALUE_STAGES)
             return d_scores[...], d_before[...]
 
         accumulator = plgpu.ACC(SQUARE, jnp.float32)
@@ -106,13 +107,13 @@ def slot_read_backward(d_out, k, v, parts, write, keys, values, p, *, scale, int
         ds = ds.astype(dtype)
 
         plgpu.commit_smem()
-        for step in range(STAGES):
+        for step in range(KEY_STAGES):
             request_key(step)
         for step in range(key_steps):
-            slot, dq = step % STAGES, pool.at[4 + step % 2]
+            slot, dq = step % KEY_STAGES, pool.at[(WRITE, OUT)[step % 2]]
             plgpu.barrier_wait(arrived[f"key{slot}"])
             result = tiles.product((b_scores, pool.at[2 * slot]), (ds, pool.at[2 * slot + 1]))
-            request_key(step + STAGES)
+            request_key(step + KEY_STAGES)
             plgpu.wait_smem_to_gmem(1, wait_read_only=True)
             dq[...] = result.astype(dtype)
             plgpu.commit_smem()
@@ -126,11 +127,11 @@ def slot_read_backward(d_out, k, v, parts, write, keys, values, p, *, scale, int
         *[(per_token, dtype)] * 6,
         shape=(batch_size, num_heads, keys.shape[2]),
         dtype=dtype,
-        tiles=PARTS + num_parts,
+        tiles=WRITE + 1,
         constants=decays.THROUGH + 1,
         arrivals={
-            **{f"value{slot}": 3 for slot in range(STAGES)},
-            **{f"key{slot}": 2 for slot in range(STAGES)},
+            **{f"value{slot}": 3 for slot in range(VALUE_STAGES)},
+            **{f"key{slot}": 2 for slot in range(KEY_STAGES)},
             "gates": num_parts + 1 + (write is not None),
         },
         interpret=interpret,
