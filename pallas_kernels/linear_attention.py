@@ -13,7 +13,7 @@ from pallas_kernels.linear_read_backward import linear_read_backward
 from pallas_kernels.linear_write_backward import linear_write_backward
 from pallas_kernels.states import chunk_states
 
-LARGEST_KEY = 1024
+LARGEST_KEY = 832
 """channels of K whose tiles of one chunk fit in shared memory"""
 
 
@@ -28,7 +28,7 @@ def gated_linear_attention(q, k, v, log_decay, state, *, scale):
     """The op of `gsa_jax.ops.gated_linear_attention`, from and to a state: (out, state).
 
     Args:
-      q: [B, T, H, K], bfloat16 or float16, K and V multiples of 64, K at most 1024.
+      q: [B, T, H, K], bfloat16 or float16, K and V multiples of 64, K at most 832.
       k, v: [B, T, G, K], [B, T, G, V] of the same dtype.
       log_decay: [B, T, G, K], or [B, T, G, 1] for one gate per head.
       state: that the first token finds, [B, G, K, V] in float32.

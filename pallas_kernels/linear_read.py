@@ -8,10 +8,9 @@ from jax import lax
 from pallas_kernels import columns, decays, tiles
 from pallas_kernels.tiles import SIZE, SQUARE
 
-FACTORS, KEYS = 0, 2
-"""scratch tiles: two for the factors of the levels in turn, two for the keys of the blocks in turn"""
-PARTS = columns.NUM_TILES
-"""behind those, which the loop over the values uses again"""
+FACTORS, KEYS, PARTS = 0, 2, 3
+"""scratch tiles: two for the factors of the levels in turn, then a block's keys and the parts of its log decays; the
+loop over the values uses `columns.NUM_TILES` of them again"""
 
 
 def linear_read(q, k, v, parts, states, *, scale, residuals=False, interpret=None):

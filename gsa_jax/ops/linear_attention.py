@@ -42,7 +42,7 @@ def gated_linear_attention(
       scale: factor on the output, K ** -0.5 by default.
       initial_state: the state [B, G, K, V] that the first token finds; zeros by default.
       segment_ids, implementation, chunk_size: as for `gsa_jax.ops.gated_slot_attention`; "pallas" takes any K up to
-        1024 that is a multiple of 64.
+        832 that is a multiple of 64.
 
     Returns:
       (out [B, T, H, V] in v's dtype, state [B, G, K, V] after the last token). Gates and states are float32, and so
