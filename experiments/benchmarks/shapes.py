@@ -37,7 +37,7 @@ class Shape(NamedTuple):
         return self.B, self.T, max(1, self.H * self.V // 128), 128
 
     def forward_bytes(self, itemsize: int) -> int:
-        """Bytes of q, k, v, log_decay and the output, each once; the gate is float32."""
+        """Bytes of q, k, v, log_decay and the output, each once."""
         return self._bytes(2 * self.K + 2 * self.V, 1, itemsize)
 
     def forward_backward_bytes(self, itemsize: int) -> int:
@@ -45,7 +45,7 @@ class Shape(NamedTuple):
         return self.forward_bytes(itemsize) + self._bytes(4 * self.K + 3 * self.V, 2, itemsize)
 
     def _bytes(self, width, gates, itemsize):
-        return self.B * self.T * self.H * (width * itemsize + gates * self.gates * 4)
+        return self.B * self.T * self.H * (width * itemsize + gates * self.gates * itemsize)
 
 
 GPU_SHAPES = {
@@ -87,7 +87,10 @@ def choose(names: Sequence[str]) -> dict[str, Shape]:
 
 
 def make_inputs(shape, dtype, seed=0):
-    """Random q, k, v, log_decay of `shape`; gates as a model's are: log_sigmoid of a projection, damped by 1/16."""
+    """Random q, k, v, log_decay of `shape`, all in `dtype` as the peers take them.
+
+    Gates as a model's are: log_sigmoid of a projection, damped by 1/16.
+    """
     keys = jax.random.split(jax.random.key(seed), 4)
     tokens = (shape.B, shape.T, shape.H)
     q, k, v = (
@@ -95,4 +98,4 @@ def make_inputs(shape, dtype, seed=0):
         for key, size in zip(keys, (shape.K, shape.K, shape.V), strict=False)
     )
     gates = jax.random.normal(keys[3], (*tokens, shape.gates), jnp.float32)
-    return q, k, v, jax.nn.log_sigmoid(gates) / 16
+    return q, k, v, (jax.nn.log_sigmoid(gates) / 16).astype(dtype)
