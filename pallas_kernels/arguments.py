@@ -1,8 +1,6 @@
 """What the functions that string kernels together share: which arrays fit, padding, gradients of grouped heads."""
 
-import jax
 import jax.numpy as jnp
-from jax import lax
 
 from pallas_kernels.tiles import SIZE
 
@@ -20,18 +18,6 @@ def misfit(q, k, v):
 def pad_tokens(*arrays):
     """[B, T, ...] each, or None, with T filled up to a multiple of 8: the memory engine copies tiles of 8 tokens."""
     return [x if x is None else jnp.pad(x, ((0, 0), (0, -x.shape[1] % 8)) + ((0, 0),) * (x.ndim - 2)) for x in arrays]
-
-
-def vary_alike(*arrays):
-    """Lets all arrays, or None, vary over the axes of a `jax.shard_map` over which any does: so do their gradients."""
-
-    def varying(x):
-        return jax.typeof(x).manual_axis_type.varying
-
-    axes = frozenset().union(*(varying(x) for x in arrays if x is not None))
-    return [
-        x if x is None or varying(x) == axes else lax.pcast(x, tuple(axes - varying(x)), to="varying") for x in arrays
-    ]
 
 
 def to_first_head(x, per_head):

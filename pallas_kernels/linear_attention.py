@@ -6,12 +6,13 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import arguments
-from pallas_kernels.arguments import over_heads, pad_tokens, to_first_head, vary_alike
+from pallas_kernels.arguments import over_heads, pad_tokens, to_first_head
 from pallas_kernels.gates import chunk_gates
 from pallas_kernels.linear_read import linear_read
 from pallas_kernels.linear_read_backward import linear_read_backward
 from pallas_kernels.linear_write_backward import linear_write_backward
 from pallas_kernels.states import chunk_states
+from pallas_kernels.tiles import vary_alike
 
 LARGEST_KEY = 832
 """channels of K whose tiles of one chunk fit in shared memory"""

@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import arguments
-from pallas_kernels.arguments import over_heads, pad_tokens, to_first_head, vary_alike
+from pallas_kernels.arguments import over_heads, pad_tokens, to_first_head
 from pallas_kernels.gates import chunk_gates
 from pallas_kernels.gates_backward import gates_backward
 from pallas_kernels.slot_read import slot_read
 from pallas_kernels.slot_read_backward import slot_read_backward
 from pallas_kernels.states import chunk_states
-from pallas_kernels.tiles import SIZE
+from pallas_kernels.tiles import SIZE, vary_alike
 from pallas_kernels.write_backward import write_backward
 
 

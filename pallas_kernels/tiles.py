@@ -93,16 +93,16 @@ def kernel(name, body, *outputs, grid, interpret=None, **threads):
 
     def call(*operands):
         operands = vary_alike(*operands)
-        kind = jax.typeof(operands[0]).manual_axis_type
-        return plgpu.kernel(
+        results = plgpu.kernel(
             body,
-            out_type=tuple(jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=kind) for shape, dtype in outputs),
+            out_type=tuple(jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in outputs),
             grid=tuple(grid.values()),
             grid_names=tuple(grid),
             compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=1024),
             interpret=interpret,
             **threads,
         )(*operands)
+        return vary_alike(*results, operands[0])[:-1]  # Mosaic forgets over which axes they vary
 
     return call
 
