@@ -8,14 +8,16 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import tiles
-from pallas_kernels.tiles import ROWS, SIZE, SQUARE
+from pallas_kernels.tiles import MULTIPROCESSORS, ROWS, SIZE, SQUARE
 
 STAGES = 3
 """chunks in flight"""
 SHORTEST_SEGMENT = 8
 """chunks in a segment, at least"""
-MOST_PROGRAMS = 264
-"""blocks that run at once, two on each multiprocessor; more segments would not help"""
+FEWEST_SEGMENTS = 4
+"""with fewer, reading everything twice costs more than the shorter recurrence saves"""
+MOST_PROGRAMS = 2 * MULTIPROCESSORS
+"""blocks that run at once; more segments would not help"""
 
 
 def chunk_states(x, key, kept, initial, *, other=None, reverse=False, interpret=None):
@@ -42,6 +44,8 @@ def chunk_states(x, key, kept, initial, *, other=None, reverse=False, interpret=
     num_chunks, block = kept.shape[2], _block(width)
     programs = batch_size * num_heads * (num_slots // SIZE) * (width // block)
     segment = max(SHORTEST_SEGMENT, pl.cdiv(num_chunks * programs, MOST_PROGRAMS))  # in chunks
+    if pl.cdiv(num_chunks, segment) < FEWEST_SEGMENTS:
+        segment = num_chunks
     initial = initial[:, :, None]
     if segment < num_chunks:
         (added,) = _segments(x, key, kept, jnp.zeros_like(initial), segment, reverse=reverse, only_last=True)
