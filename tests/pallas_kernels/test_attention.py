@@ -1,0 +1,59 @@
+"""The public functions by the kernels, in the interpreter, against float64 NumPy: outputs and every gradient."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gsa_jax.ops import pallas
+from tests.ops.cases import (
+    Sizes,
+    assert_all_close,
+    expected,
+    make_case,
+    outputs_and_gradients,
+    slot_attention,
+)
+from tests.pallas_kernels.hopper import H100
+
+TOLERANCE = 7e-3
+"""by norm; the chunked form, in bfloat16 too, comes to 5e-3 as well"""
+
+
+@pytest.fixture
+def run(interpreted, monkeypatch):
+    """`outputs_and_gradients` with the kernels."""
+    monkeypatch.setattr(pallas, "_default_device", lambda: H100)
+    compiled = jax.jit(
+        functools.partial(outputs_and_gradients.__wrapped__, implementation="pallas", scale=0.1), static_argnums=0
+    )
+
+    def run(*arguments):
+        with interpreted():
+            return jax.block_until_ready(compiled(*arguments))
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("op", "sizes", "kinds", "options"),
+    [
+        (slot_attention, Sizes(1, 101, 2, 1, 64, 128, 16), ("runs of -20 and -1000",), {}),
+        (slot_attention, Sizes(1, 50, 3, 1, 128, 64, 64), ("-20 everywhere", "all kinds"), {"write": True}),
+    ],
+    ids=["slots, write derived", "slots, write given"],
+)
+def test_outputs_and_gradients(run, op, sizes, kinds, options):
+    for gates in kinds:
+        arrays, cotangents = make_case(op, sizes, gates=gates, dtype=jnp.bfloat16, **options)
+        results = run(op, arrays, cotangents)
+        assert_all_close(results, expected(op, arrays, cotangents, scale=0.1), TOLERANCE, gates)
+
+
+def test_documents_with_write_derived(run):
+    arrays, cotangents = make_case(slot_attention, Sizes(2, 70, 1, 1, 64, 64, 8), dtype=jnp.float16)
+    segment_ids = np.asarray([[5] * 9 + [6] * 61, [1] * 64 + [0] * 6])
+    results = run(slot_attention, arrays, cotangents, segment_ids)
+    assert_all_close(results, expected(slot_attention, arrays, cotangents, segment_ids, scale=0.1), TOLERANCE)

@@ -1,0 +1,159 @@
+"""Every kernel of Gated Slot Attention, in the interpreter, against its formula in float64."""
+
+import functools
+
+import jax.experimental.pallas as pl
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import decays, states
+from pallas_kernels.gates import chunk_gates
+from pallas_kernels.gates_backward import gates_backward
+from pallas_kernels.slot_read import slot_read
+from pallas_kernels.slot_read_backward import slot_read_backward
+from pallas_kernels.write_backward import write_backward
+from tests.ops.cases import GATES, assert_close
+from tests.pallas_kernels import formulas
+from tests.pallas_kernels.formulas import SIZE, by_chunks, by_tokens, per_head
+
+B, T, H, G, K, V, M, N = 1, 168, 2, 1, 128, 192, SIZE, 3
+"""the last chunk is cut short, two heads share a group, and an odd number of chunks leaves a warpgroup without one"""
+NUM_SLOTS, SCALE = 40, 0.1
+TOLERANCE = 5e-3
+"""by norm: results and the factors of products are rounded to 8 bits or 11"""
+KINDS = {
+    "write given, gates in two parts": (jnp.bfloat16, np.float32, True),
+    "write derived, gates in one part": (np.float16, np.float16, False),
+}
+
+
+@functools.cache
+def gates(dtype, gates_dtype, write):
+    """Gates of all strengths and write strengths, or None, and what `chunk_gates` makes of them."""
+    rng = np.random.default_rng(0)
+    log_decay = GATES["runs of -20 and -1000"](rng, (B, T, G, M))
+    log_decay += np.where(rng.random((1, T, 1, 1)) < 0.5, GATES["ordinary"](rng, (B, T, G, M)), 0)
+    log_decay[rng.random(log_decay.shape) < 0.01] = -np.inf
+    log_decay = log_decay.astype(gates_dtype)
+    write = (rng.random((B, T, G, M)) / 8).astype(dtype) if write else None
+    return log_decay, write, [np.asarray(x) for x in chunk_gates(log_decay, write, dtype)]
+
+
+class Operands:
+    """Random operands, rounded as the kernels get them."""
+
+    def __init__(self, kind):
+        self.rng, self.dtype = np.random.default_rng(1), kind[0]
+        self.log_decay, self.write, (self.parts, *self.prepared) = gates(*kind)
+
+    def normal(self, *shape, dtype=None):
+        return self.rng.normal(size=shape).astype(dtype or self.dtype)
+
+    def scores(self):
+        """Scores [B, T, H, 64] by the tokens of the chunk, zero for later ones."""
+        return self.normal(B, T, H, SIZE) * np.tri(SIZE, dtype=self.dtype)[np.arange(T) % SIZE][:, None]
+
+    def gates(self, num_heads=H):
+        """Log decays as the parts hold them and write strengths, by chunks."""
+        log_decay = by_chunks(self.parts.astype(np.float64).sum(0), num_heads)
+        write = formulas.write_strength(log_decay) if self.write is None else by_chunks(self.write, num_heads)
+        return log_decay, write
+
+
+@pytest.fixture(params=KINDS)
+def operands(request, interpreted):
+    with interpreted():
+        return Operands(KINDS[request.param])
+
+
+def check(results, references, names):
+    results = dict(zip(names.split(), results, strict=True))
+    assert_close(results, dict(zip(names.split(), references, strict=True)), TOLERANCE)
+
+
+def tokens(*arrays):
+    return [by_tokens(x, T) for x in arrays]
+
+
+def heads(*arrays):
+    return [by_chunks(x, H) for x in arrays]
+
+
+def test_chunk_gates(operands):
+    clamped = np.maximum(operands.log_decay.astype(np.float64), decays.STRONGEST)
+    np.testing.assert_allclose(operands.parts.astype(np.float64).sum(0), clamped, rtol=2**-16)
+    key, kept = formulas.chunk_gates(*operands.gates(G))
+    check(operands.prepared, (*tokens(key), kept), "key kept")
+
+
+@pytest.mark.parametrize("segments", [1, 2])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_chunk_states(interpreted, operands, reverse, segments, monkeypatch):
+    monkeypatch.setattr(states, "SHORTEST_SEGMENT", pl.cdiv(N, segments))
+    monkeypatch.setattr(states, "FEWEST_SEGMENTS", 2)
+    heads_of_x = H if reverse else G
+    x, key = operands.normal(B, T, heads_of_x, V), operands.normal(B, T, heads_of_x, M)
+    kept = np.asarray(operands.rng.random((B, G, N, M)), np.float32)
+    initial = operands.normal(B, heads_of_x, M, V, dtype=np.float32)
+    other = operands.normal(B, G, N, M, V) if reverse else None
+    with interpreted():
+        before, last, *dots = states.chunk_states(x, key, kept, initial, other=other, reverse=reverse)
+    direction = slice(None, None, -1 if reverse else 1)
+    in_time = [by_chunks(x, heads_of_x), by_chunks(key, heads_of_x), per_head(kept, heads_of_x)]
+    expected_before, expected_last = formulas.chunk_states(*(x[:, :, direction] for x in in_time), initial)
+    expected_before = expected_before[:, :, direction]
+    check((before, last), (expected_before, expected_last), "before last")
+    if reverse:
+        check([dots[0].sum(3)], [(expected_before * per_head(other, H)).sum(-1)], "dot")
+
+
+def test_slot_read(interpreted, operands):
+    q, k, v = operands.normal(B, T, H, K), operands.normal(B, T, G, K), operands.normal(B, T, G, V)
+    keys, values = operands.normal(B, G, N, M, K), operands.normal(B, G, N, M, V)
+    arguments, options = (q, k, v, operands.parts, operands.write, keys, values), {"scale": SCALE}
+    options["num_slots"] = NUM_SLOTS
+    with interpreted():
+        results = slot_read(*arguments, residuals=True, **options)
+        (out,) = slot_read(*arguments, **options)
+    expected = formulas.slot_read(*heads(q, k, v), *operands.gates(), per_head(keys, H), per_head(values, H), **options)
+    check(results, tokens(*expected), "out qk value_scores p before")
+    np.testing.assert_array_equal(out, results[0])
+
+
+def test_slot_read_backward(interpreted, operands):
+    d_out, k, v = operands.normal(B, T, H, V), operands.normal(B, T, G, K), operands.normal(B, T, G, V)
+    keys, values = operands.normal(B, G, N, M, K), operands.normal(B, G, N, M, V)
+    p = operands.rng.dirichlet(np.ones(M), size=(B, T, H)).astype(operands.dtype)
+    with interpreted():
+        results = slot_read_backward(d_out, k, v, operands.parts, operands.write, keys, values, p, scale=SCALE)
+    memories = per_head(keys, H), per_head(values, H)
+    expected = formulas.slot_read_backward(*heads(d_out, k, v), *operands.gates(), *memories, *heads(p), scale=SCALE)
+    check(results, tokens(*expected), "dq d_scores d_before ds b key value")
+
+
+def test_write_backward(interpreted, operands):
+    memories = [
+        (operands.normal(B, T, G, D), operands.normal(B, T, H, D), operands.scores(), operands.normal(B, H, N, M, D))
+        for D in (K, V)
+    ]
+    key = operands.normal(B, T, G, M)
+    with interpreted():
+        results = write_backward(memories, key)
+    expected = formulas.write_backward(
+        [(*heads(*memory), per_head(state, H)) for *memory, state in memories], *heads(key)
+    )
+    check(results, tokens(*expected), "d_key dk dv")
+
+
+def test_gates_backward(interpreted, operands):
+    reads = [(operands.normal(B, T, H, SIZE), operands.normal(B, T, H, M), operands.normal(B, T, H, M)) for _ in "kv"]
+    d_key, d_kept = operands.normal(B, T, H, M), operands.normal(B, H, N, M, dtype=np.float32)
+    with interpreted():
+        results = gates_backward(
+            reads, operands.parts, operands.write, d_key, d_kept, out_dtype=operands.log_decay.dtype
+        )
+    log_decay, write = operands.gates()
+    write = None if operands.write is None else write
+    expected = formulas.gates_backward([heads(*read) for read in reads], log_decay, write, *heads(d_key), d_kept)
+    check(results, tokens(*map(np.asarray, expected)), "d_log_decay" if write is None else "d_log_decay d_write")
