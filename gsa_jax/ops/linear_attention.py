@@ -56,7 +56,7 @@ def gated_linear_attention(
     check_segment_ids(segment_ids, leading)
     check_chunk_size(chunk_size)
     misfit = pallas.linear_attention_misfit(q, k, v, chunk_size)
-    implementation = select(implementation, _IMPLEMENTATIONS, misfit)
+    implementation = select(implementation, _IMPLEMENTATIONS, misfit, pallas.spreads())
 
     dtype = state_dtype(q, log_decay)
     shape = {"B": q.shape[0], "G": num_groups, "K": key_size, "V": value_size}

@@ -35,11 +35,20 @@ def gated_linear_attention(q, k, v, log_decay, *, scale, initial_state, segment_
     return linear_attention.gated_linear_attention(q, k, v, log_decay, initial_state, scale=scale)
 
 
+def spreads():
+    """Whether XLA may have to spread what is called here over several devices: there are some and no `shard_map`."""
+    return jax.device_count() > 1 and not _all_manual(jax.sharding.get_abstract_mesh())
+
+
+def _all_manual(mesh):
+    return not mesh.empty and all(kind == jax.sharding.AxisType.Manual for kind in mesh.axis_types)
+
+
 def _call_misfit(chunk_size):
     if chunk_size is not None:
         return f"chunk_size={chunk_size} can't be chosen, the kernels' chunks have 64 tokens"
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.size > 1 and any(kind != jax.sharding.AxisType.Manual for kind in mesh.axis_types):
+    if mesh.size > 1 and not _all_manual(mesh):
         return f"XLA can't spread a kernel over the devices of the mesh {dict(mesh.shape)}: use jax.shard_map"
     device = mesh.abstract_device.device_kind if mesh.abstract_device else _default_device()
     if not re.search(r"\b(G?H[128]00|H20)\b", device):

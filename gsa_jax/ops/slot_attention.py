@@ -91,7 +91,7 @@ def gated_slot_attention(
     check_segment_ids(segment_ids, leading)
     check_chunk_size(chunk_size)
     misfit = pallas.slot_attention_misfit(q, k, v, log_decay, chunk_size)
-    implementation = select(implementation, _IMPLEMENTATIONS, misfit)
+    implementation = select(implementation, _IMPLEMENTATIONS, misfit, pallas.spreads())
 
     dtype = state_dtype(q, log_decay)
     if initial_state is None:

@@ -28,6 +28,13 @@ def test_what_fits_goes_to_the_kernels(op):
     assert count_kernels(op, shapes(op, FITTING)) > 0
 
 
+@pytest.mark.parametrize("op", OPS)
+def test_beside_other_devices_only_by_name_or_in_a_shard_map(op, monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 4)
+    assert count_kernels(lambda arrays: op(arrays), shapes(op, FITTING)) == 0  # a function of its own: traces are kept
+    assert count_kernels(functools.partial(op, implementation="pallas"), shapes(op, FITTING)) > 0
+
+
 NO_FIT = {
     "dtype": (slot_attention, {}, {"dtype": jnp.float32}, "q, k and v must be bfloat16 or float16, got float32"),
     "K": (slot_attention, {"K": 48}, {}, "K must be a multiple of 64, got K=48"),
