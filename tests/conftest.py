@@ -21,6 +21,11 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # the workers fill the cores already
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whole runs first: one of them last would leave the other workers idle for minutes."""
+    items.sort(key=lambda item: not item.nodeid.startswith(("tests/test_readme", "tests/training", "tests/experiments")))
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skips a gpu test where there is no GPU."""
     if item.get_closest_marker("gpu"):
