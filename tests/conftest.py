@@ -22,8 +22,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Whole runs first: one of them last would leave the other workers idle for minutes."""
-    items.sort(key=lambda item: not item.nodeid.startswith(("tests/test_readme", "tests/training", "tests/experiments")))
+    """Whole runs first, the longest before all: one of them last would leave the other workers idle for minutes."""
+    for folder in ("tests/experiments", "tests/training", "tests/test_readme"):
+        items.sort(key=lambda item: not item.nodeid.startswith(folder))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
