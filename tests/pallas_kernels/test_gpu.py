@@ -73,7 +73,13 @@ def test_write_derived(gates):
 
 @pytest.mark.parametrize("gates", GATES)
 def test_write_given(gates):
-    check_case(slot_attention, make_case(slot_attention, GROUPED, gates=gates, write=True))
+    """In the interpreter the gradient of q comes to 5.2e-3 for ordinary gates, 4.6e-3 in the chunked form."""
+    check_case(slot_attention, make_case(slot_attention, GROUPED, gates=gates, write=True), tolerance=5.5e-3)
+
+
+def test_a_sharp_softmax():
+    """Logits of ten: rounding q·k and p to bfloat16 shows. In the interpreter 1.3e-2, 0.5e-2 in the chunked form."""
+    check_case(slot_attention, make_case(slot_attention, GROUPED), scale=1.0, tolerance=1.5e-2)
 
 
 def test_documents():
