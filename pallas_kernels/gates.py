@@ -21,6 +21,7 @@ def chunk_gates(log_decay, write, dtype, interpret=None):
       parts [P, B, T, G, M] in `dtype`, whose sum is the log decay, clamped; P as `decays.num_parts`
       the write key at its chunk's end, w ⊙ prod(gates after the token), [B, T, G, M] in `dtype`
       the product of each chunk's gates, [B, G, N, M] in float32
+      which chunks' gates are mild, [B, G, N, M / 64], from `decays.are_mild`
     """
     num_parts = decays.num_parts(log_decay.dtype, dtype)
     log_decay = jnp.maximum(log_decay, decays.STRONGEST)
@@ -43,7 +44,7 @@ def chunk_gates(log_decay, write, dtype, interpret=None):
         plgpu.barrier_wait(arrived["all"])
         log_decay = decays.log_decay(parts)
         strength = tiles.load(write) if write_refs else decays.write_strength(log_decay)
-        key[...] = (strength * decays.gates_product(constants.at[0], parts)).astype(dtype)
+        key[...] = (strength * decays.gates_product(constants.at[decays.AFTER], parts)).astype(dtype)
         ones[...] = jnp.ones_like(log_decay).astype(dtype)
         plgpu.commit_smem()
         # A product with ones, since sums over the rows of a tile would go through memory that warpgroups share.
@@ -61,9 +62,9 @@ def chunk_gates(log_decay, write, dtype, interpret=None):
         shape=(batch_size, num_groups * num_blocks, num_chunks),
         dtype=dtype,
         tiles=3 + num_parts,
-        constants=1,
+        constants=2,
         vectors=1,
         arrivals={"all": num_parts + (write is not None)},
         interpret=interpret,
-    )(decays.constant_tiles(dtype)[decays.AFTER :], *operands)
-    return parts, key, kept
+    )(decays.constant_tiles(dtype), *operands)
+    return parts, key, kept, decays.are_mild(kept, length, dtype)
