@@ -1,55 +1,56 @@
 """Products of arrays in memory that are wider than a tile, 64 channels at a time.
 
-Both functions work in a ring of tiles in shared memory and return two functions: `start` asks for the first channels,
-`finish` does the rest, so that other work can go in between.
+Both functions work in a ring of tiles in shared memory, the first ones of a pool, and return two functions: `start`
+asks for the first channels, `finish` does the rest, so that other work can go in between. The steps are loops: unrolled
+they would be long code, which has to be fetched anew for every chunk.
 """
 
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
+from jax import lax
 
 from pallas_kernels.tiles import SIZE, SQUARE, transposed
 
 
-def arrivals(name, barriers, copies=1):
-    """For `chunk_kernel`: so many barriers of that name, each for so many copies."""
-    return {f"{name}{slot}": copies for slot in range(barriers)}
-
-
-def channels(step):
+def _channels(step):
     return pl.ds(step * SIZE, SIZE)
 
 
-def inner_products(arrays, pairs, width, ring, arrived, name="inner"):
+def inner_products(arrays, pairs, width, pool, stages, arrived):
     """Σ_c x_ic y_jc over all channels c, float32 in registers, for each pair (x, y).
 
     Args:
       arrays: functions that give the reference to some channels of an array, [64, 64] each.
       pairs: two numbers of arrays each.
       width: how many channels, a multiple of 64.
-      ring: tiles of shared memory, as many as there are arrays for every stage.
-      arrived: barriers, those of `arrivals(name, stages, len(arrays))` among them.
+      pool: tiles of shared memory, of which the first len(arrays) · stages are used.
+      stages: how many steps are in flight.
+      arrived: gives one barrier for a number below `stages`, for len(arrays) copies.
     """
-    stages, num_steps = len(ring) // len(arrays), width // SIZE
-    slots = [ring[len(arrays) * slot : len(arrays) * (slot + 1)] for slot in range(stages)]
+    num_steps = width // SIZE
 
-    def request(step):
-        if step < num_steps:
-            for array, tile in zip(arrays, slots[step % stages], strict=True):
-                plgpu.copy_gmem_to_smem(array(channels(step)), tile, arrived[f"{name}{step % stages}"])
+    def tile(slot, number):
+        return pool.at[len(arrays) * slot + number]
+
+    def request(step, slot):
+        for number, array in enumerate(arrays):
+            plgpu.copy_gmem_to_smem(array(_channels(step)), tile(slot, number), arrived(slot))
 
     def start():
-        for step in range(stages):
-            request(step)
+        for step in range(min(stages, num_steps)):
+            request(step, step)
 
     def accumulate(*accumulators):
-        for step in range(num_steps):
-            tiles = slots[step % stages]
-            plgpu.barrier_wait(arrived[f"{name}{step % stages}"])
+        def one_step(step, _):
+            slot = lax.rem(step, stages)
+            plgpu.barrier_wait(arrived(slot))
             for accumulator, (x, y) in zip(accumulators, pairs, strict=True):
-                plgpu.wgmma(accumulator, tiles[x], transposed(tiles[y]))
+                plgpu.wgmma(accumulator, tile(slot, x), transposed(tile(slot, y)))
             plgpu.wgmma_wait(0)
-            request(step + stages)
+            pl.when(step + stages < num_steps)(lambda: request(step + stages, slot))
+
+        lax.fori_loop(0, num_steps, one_step, None)
         return tuple(accumulator[...] for accumulator in accumulators)
 
     def finish():
@@ -58,52 +59,52 @@ def inner_products(arrays, pairs, width, ring, arrived, name="inner"):
     return start, finish
 
 
-def add_products(tiles, arrays, out, width, ring, leaving, arrived, name="add"):
+def add_products(tiles, arrays, out, width, pool, ring, leaving, arrived):
     """out = Σ tiles[i] @ arrays[i], from float32 sums.
 
     Args:
       tiles: [64, 64] each, in shared memory.
       arrays, width: as for `inner_products`.
       out: such a function for the result.
-      ring: tiles of shared memory, at least two.
-      leaving: tiles of shared memory that results leave by.
-      arrived: barriers, those of `arrivals(name, len(ring))` among them.
+      pool: tiles of shared memory: the first `ring` for what is in flight, at least two, then `leaving` for results.
+      arrived: gives one barrier for a number below `ring`, for one copy.
     """
     num_steps = width // SIZE
+    total = num_steps * len(tiles)
 
-    def request(number):
-        step, i = divmod(number, len(tiles))
-        if step < num_steps:
-            slot = number % len(ring)
-            plgpu.copy_gmem_to_smem(arrays[i](channels(step)), ring[slot], arrived[f"{name}{slot}"])
+    def request(step, i, slot):
+        plgpu.copy_gmem_to_smem(arrays[i](_channels(step)), pool.at[slot], arrived(slot))
+
+    def request_later(step, i):
+        """The tile that comes `ring` tiles after tile i of a step."""
+        steps, later = divmod(i + ring, len(tiles))
+        slot = lax.rem(step * len(tiles) + i, ring)
+        pl.when(step + steps < num_steps)(lambda: request(step + steps, later, slot))
 
     def start():
-        for number in range(len(ring)):
-            request(number)
+        for number in range(min(ring, total)):
+            request(*divmod(number, len(tiles)), number)
 
-    def one_step(step):
-        first = step * len(tiles)
-
+    def one_step(step, _):
         def accumulate(acc):
-            for number, tile in enumerate(tiles, first):
-                slot = number % len(ring)
-                plgpu.barrier_wait(arrived[f"{name}{slot}"])
-                plgpu.wgmma(acc, tile, ring[slot])
-                if number > first:
+            for i, tile in enumerate(tiles):
+                slot = lax.rem(step * len(tiles) + i, ring)
+                plgpu.barrier_wait(arrived(slot))
+                plgpu.wgmma(acc, tile, pool.at[slot])
+                if i:
                     plgpu.wgmma_wait(1)
-                    request(number - 1 + len(ring))
+                    request_later(step, i - 1)
             return acc[...]
 
         result = pl.run_scoped(accumulate, plgpu.ACC(SQUARE, jnp.float32))
-        request(first + len(tiles) - 1 + len(ring))
-        return result
+        request_later(step, len(tiles) - 1)
+        tile = pool.at[ring + lax.rem(step, leaving)]
+        plgpu.wait_smem_to_gmem(leaving - 1, wait_read_only=True)
+        tile[...] = result.astype(tile.dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(tile, out(_channels(step)))
 
     def finish():
-        for step in range(num_steps):
-            result, tile = one_step(step), leaving[step % len(leaving)]
-            plgpu.wait_smem_to_gmem(len(leaving) - 1, wait_read_only=True)
-            tile[...] = result.astype(tile.dtype)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(tile, out(channels(step)))
+        lax.fori_loop(0, num_steps, one_step, None)
 
     return start, finish

@@ -68,7 +68,10 @@ def gates_backward(reads, parts, mild, write, d_key, d_kept, *, out_dtype, inter
             (tiles.transposed(constants.at[decays.THROUGH]), pool.at[WORK]),
             (tiles.transposed(constants.at[decays.AFTER]), pool.at[WORK + 2]),
         )
-        reads = [(pool.at[SCORES + r], pool.at[DY + r]) for r in range(2)]
+
+        def reads(r):
+            return pool.at[SCORES + r], pool.at[DY + r]
+
         d_log_decay, d_write = lax.cond(
             mild,
             lambda: of_pairs(reads, parts, written, constants.at[decays.THROUGH], work, d_log_decay, d_write),
@@ -107,14 +110,20 @@ def of_pairs(reads, parts, write, through, work, d_log_decay, d_write):
     """Adds to the gradients of log decays and write strengths what comes from the pairs of tokens; for mild gates."""
     (later, factors, high, low), dtype = work, write.dtype
     cumulative = decays.window_sum(through, parts)
-    factors[...] = (tiles.load(write) * jnp.exp(-cumulative)).astype(dtype)
-    d_later, d_earlier = 0.0, 0.0
-    for scores, dy in reads:
-        later[...] = (tiles.load(dy) * jnp.exp(cumulative)).astype(dtype)
+    since, back = jnp.exp(cumulative), jnp.exp(-cumulative)
+    factors[...] = (tiles.load(write) * back).astype(dtype)
+
+    def one_read(r, carry):
+        d_later, d_earlier = carry
+        scores, dy = reads(r)
+        later[...] = (tiles.load(dy) * since).astype(dtype)
         plgpu.commit_smem()
         d_later += tiles.load(later) * tiles.product((scores, factors))
-        d_earlier += tiles.product((tiles.transposed(scores), later))
-    d_write += jnp.exp(-cumulative) * d_earlier
+        return d_later, d_earlier + tiles.product((tiles.transposed(scores), later))
+
+    zeros = jnp.zeros(tiles.SQUARE, jnp.float32)
+    d_later, d_earlier = lax.fori_loop(0, 2, one_read, (zeros, zeros))
+    d_write += back * d_earlier
     change = d_later - tiles.load(factors) * d_earlier
     high[...] = change.astype(dtype)
     low[...] = (change - change.astype(dtype).astype(jnp.float32)).astype(dtype)
@@ -130,7 +139,7 @@ def of_pairs_by_halving(reads, levels, write, later, d_log_decay, d_write):
         d_log_decay, d_write = carry
         factors[...] = jnp.where(decays.in_later_half(index), factor, tiles.load(write) * factor).astype(dtype)
         d_later, d_earlier = 0.0, 0.0
-        for scores, dy in reads:
+        for scores, dy in map(reads, range(2)):
             across[...] = levels.at(index, tiles.load(scores, dtype))
             later[...] = (factor * tiles.load(dy)).astype(dtype)
             plgpu.commit_smem()
@@ -143,6 +152,6 @@ def of_pairs_by_halving(reads, levels, write, later, d_log_decay, d_write):
         return d_log_decay, d_write + factor * d_earlier
 
     d_log_decay, d_write = levels.fold(one_level, (d_log_decay, d_write))
-    for scores, dy in reads:
+    for scores, dy in map(reads, range(2)):
         d_write += levels.own(tiles.load(scores)) * tiles.load(dy)
     return d_log_decay, d_write

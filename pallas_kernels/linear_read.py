@@ -55,9 +55,10 @@ def linear_read(q, k, v, parts, mild, states, *, scale, residuals=False, interpr
             [lambda channels: v_ref.at[b, tokens, g, channels], *map(rows_of_state, range(num_blocks))],
             lambda channels: out_ref.at[b, tokens, h, channels],
             value_size,
-            [pool.at[i] for i in range(VALUE_TILES)],
-            [pool.at[OUT]],
-            arrived,
+            pool,
+            VALUE_TILES,
+            1,
+            arrived["values"],
         )
 
         def request(block):
@@ -104,6 +105,6 @@ def linear_read(q, k, v, parts, mild, states, *, scale, residuals=False, interpr
         dtype=dtype,
         tiles=READERS + num_blocks,
         constants=1,
-        arrivals={"block": 2 + num_parts, **columns.arrivals("add", VALUE_TILES), **decays.Levels.ARRIVALS},
+        arrivals={"block": 2 + num_parts, "values": (VALUE_TILES, 1), **decays.Levels.ARRIVALS},
         interpret=interpret,
     )(decays.constant_tiles(dtype), q, k, v, decays.level_tiles(dtype), mild, parts, states)

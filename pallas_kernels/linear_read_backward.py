@@ -57,8 +57,9 @@ def linear_read_backward(d_out, q, k, v, parts, mild, states, d_states, d_kept, 
             ],
             [(0, 1), (0, 2), (1, 3)],
             value_size,
-            [pool.at[i] for i in range(4 * STAGES)],
-            arrived,
+            pool,
+            STAGES,
+            arrived["step"],
         )
         start()
         plgpu.copy_gmem_to_smem(q_ref.at[b, tokens, h, block], query, arrived["block"])
@@ -106,7 +107,7 @@ def linear_read_backward(d_out, q, k, v, parts, mild, states, d_states, d_kept, 
         dtype=dtype,
         tiles=PARTS + num_parts,
         constants=2,
-        arrivals={"block": 3 + num_parts, **columns.arrivals("inner", STAGES, 4), **decays.Levels.ARRIVALS},
+        arrivals={"block": 3 + num_parts, "step": (STAGES, 4), **decays.Levels.ARRIVALS},
         vectors=1,
         interpret=interpret,
     )(

@@ -43,9 +43,10 @@ def linear_write_backward(d_out, scores, key, d_states, interpret=None):
             [lambda channels: d_out_ref.at[b, tokens, h, channels], *map(rows_of_state, blocks)],
             lambda channels: dv_ref.at[b, tokens, h, channels],
             value_size,
-            [pool.at[i] for i in range(OUT)],
-            [pool.at[OUT]],
-            arrived,
+            pool,
+            OUT,
+            1,
+            arrived["values"],
         )
         start()
         finish()
@@ -58,7 +59,7 @@ def linear_write_backward(d_out, scores, key, d_states, interpret=None):
         dtype=dtype,
         tiles=OUT + 2 + num_blocks,
         constants=0,
-        arrivals={"left": 1 + num_blocks, **columns.arrivals("add", OUT)},
+        arrivals={"left": 1 + num_blocks, "values": (OUT, 1)},
         interpret=interpret,
     )(jnp.zeros((1, *SQUARE), dtype), d_out, scores, key, d_states)
     return dv

@@ -43,8 +43,7 @@ def slot_read(q, k, v, parts, mild, write, keys, values, *, scale, num_slots, re
         out_ref, *residual_refs = outputs
         b, h, n = chunk
         g, tokens = lax.div(h, num_heads // num_groups), pl.ds(n * SIZE, SIZE)
-        *ring, written, scores = (pool.at[i] for i in range(PARTS))
-        parts, out = [pool.at[PARTS + i] for i in range(num_parts)], pool.at[OUT]
+        out, written, scores, *parts = (pool.at[i] for i in range(OUT, PARTS + num_parts))
         reader = parts[0]  # once the log decays are used up
 
         def save(index, tile):
@@ -59,9 +58,9 @@ def slot_read(q, k, v, parts, mild, write, keys, values, *, scale, num_slots, re
             ],
             [(0, 1), (0, 2)],
             key_size,
-            ring,
-            arrived,
-            "key",
+            pool,
+            KEY_STAGES,
+            arrived["key"],
         )
         start_values, finish_values = columns.add_products(
             [scores, reader],
@@ -71,17 +70,17 @@ def slot_read(q, k, v, parts, mild, write, keys, values, *, scale, num_slots, re
             ],
             lambda channels: out_ref.at[b, tokens, h, channels],
             value_size,
-            ring[:VALUE_TILES],
-            [out, written],
-            arrived,
-            "value",
+            pool,
+            VALUE_TILES,
+            2,
+            arrived["value"],
         )
 
-        start_keys()
         for i, part in enumerate(parts):
             plgpu.copy_gmem_to_smem(parts_ref.at[i, b, tokens, g], part, arrived["gates"])
         for ref in write_refs:
             plgpu.copy_gmem_to_smem(ref.at[b, tokens, g], written, arrived["gates"])
+        start_keys()
         mild = mild_ref[b, g, n, 0] > 0
         plgpu.barrier_wait(arrived["gates"])
         levels = decays.Levels(levels_ref, parts, pool, 0, arrived)
@@ -124,8 +123,8 @@ def slot_read(q, k, v, parts, mild, write, keys, values, *, scale, num_slots, re
         tiles=PARTS + num_parts,
         constants=1,
         arrivals={
-            **columns.arrivals("key", KEY_STAGES, 3),
-            **columns.arrivals("value", VALUE_TILES),
+            "key": (KEY_STAGES, 3),
+            "value": (VALUE_TILES, 1),
             **decays.Levels.ARRIVALS,
             "gates": num_parts + (write is not None),
         },

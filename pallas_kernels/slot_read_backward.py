@@ -38,8 +38,7 @@ def slot_read_backward(d_out, k, v, parts, mild, write, keys, values, p, *, scal
         dq_ref, d_scores_ref, d_before_ref, ds_ref, b_ref, key_ref, value_ref = outputs
         b, h, n = chunk
         g, tokens = lax.div(h, num_heads // num_groups), pl.ds(n * SIZE, SIZE)
-        *ring, written, scores = (pool.at[i] for i in range(PARTS))
-        parts, out = [pool.at[PARTS + i] for i in range(num_parts)], pool.at[OUT]
+        out, written, scores, *parts = (pool.at[i] for i in range(OUT, PARTS + num_parts))
         reader = parts[0]  # once the log decays are used up
 
         def save(ref, x, tile=out):
@@ -56,9 +55,9 @@ def slot_read_backward(d_out, k, v, parts, mild, write, keys, values, p, *, scal
             ],
             [(0, 1), (0, 2)],
             value_size,
-            ring,
-            arrived,
-            "value",
+            pool,
+            VALUE_STAGES,
+            arrived["value"],
         )
         start_keys, finish_keys = columns.add_products(
             [scores, reader],
@@ -68,18 +67,18 @@ def slot_read_backward(d_out, k, v, parts, mild, write, keys, values, p, *, scal
             ],
             lambda channels: dq_ref.at[b, tokens, h, channels],
             key_size,
-            ring[:KEY_TILES],
-            [out, written],
-            arrived,
-            "key",
+            pool,
+            KEY_TILES,
+            2,
+            arrived["key"],
         )
 
-        start_values()
         for i, part in enumerate(parts):
             plgpu.copy_gmem_to_smem(parts_ref.at[i, b, tokens, g], part, arrived["gates"])
         plgpu.copy_gmem_to_smem(p_ref.at[b, tokens, h], scores, arrived["gates"])
         for ref in write_refs:
             plgpu.copy_gmem_to_smem(ref.at[b, tokens, g], written, arrived["gates"])
+        start_values()
         mild = mild_ref[b, g, n, 0] > 0
         plgpu.barrier_wait(arrived["gates"])
         p = tiles.load(scores)
@@ -112,8 +111,8 @@ def slot_read_backward(d_out, k, v, parts, mild, write, keys, values, p, *, scal
         tiles=PARTS + num_parts,
         constants=1,
         arrivals={
-            **columns.arrivals("value", VALUE_STAGES, 3),
-            **columns.arrivals("key", KEY_TILES),
+            "value": (VALUE_STAGES, 3),
+            "key": (KEY_TILES, 1),
             **decays.Levels.ARRIVALS,
             "gates": num_parts + 1 + (write is not None),
         },

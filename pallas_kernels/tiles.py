@@ -119,7 +119,7 @@ def chunk_kernel(name, body, *outputs, shape, dtype, tiles, constants, arrivals,
       outputs: (shape, dtype) each.
       shape: (batch size, number of heads, number of chunks).
       dtype: of the tiles.
-      arrivals: name -> how many copies a barrier waits for.
+      arrivals: name -> how many copies a barrier waits for, or (how many barriers there are of that name, the same).
     """
     total, (_, num_heads, num_chunks) = math.prod(shape), shape
     tile = math.prod(SQUARE) * jnp.dtype(dtype).itemsize
@@ -146,12 +146,12 @@ def chunk_kernel(name, body, *outputs, shape, dtype, tiles, constants, arrivals,
                     (lax.div(bh, num_heads), lax.rem(bh, num_heads), n),
                     pool.at[warpgroup],
                     shared,
-                    {name: ref.at[warpgroup] for name, ref in barriers.items()},
+                    {name: _own(barriers[name], warpgroup, n) for name, n in arrivals.items()},
                     *(() if vectors is None else (vectors.at[warpgroup],)),
                     *refs,
                 )
                 # The next chunk's tiles go where threads may still read, and copies to memory too.
-                plgpu.wait_smem_to_gmem(0)
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 plgpu.commit_smem()
 
             steps = lax.div(total - first + blocks * warpgroups - 1, blocks * warpgroups)
@@ -162,7 +162,7 @@ def chunk_kernel(name, body, *outputs, shape, dtype, tiles, constants, arrivals,
             scratch((warpgroups, tiles, *SQUARE), dtype),
             scratch((constants, *SQUARE), dtype) if constants else None,
             scratch((warpgroups, vectors, SIZE)) if vectors else None,
-            {name: plgpu.Barrier(num_arrivals=n, num_barriers=warpgroups) for name, n in arrivals.items()},
+            {name: _barriers(warpgroups, n) for name, n in arrivals.items()},
             plgpu.Barrier(num_arrivals=max(constants, 1)),
             collective_axes="warpgroup",
         )
@@ -176,3 +176,15 @@ def chunk_kernel(name, body, *outputs, shape, dtype, tiles, constants, arrivals,
         thread_name="warpgroup",
         interpret=interpret,
     )
+
+
+def _barriers(warpgroups, arrivals):
+    count, copies = arrivals if isinstance(arrivals, tuple) else (1, arrivals)
+    return plgpu.Barrier(num_arrivals=copies, num_barriers=warpgroups * count)
+
+
+def _own(barriers, warpgroup, arrivals):
+    """A warpgroup's barrier of a name; of several, the function that gives them by number."""
+    if isinstance(arrivals, tuple):
+        return lambda number: barriers.at[warpgroup * arrivals[0] + number]
+    return barriers.at[warpgroup]
