@@ -38,8 +38,7 @@ def inner_products(arrays, pairs, width, pool, stages, arrived):
             plgpu.copy_gmem_to_smem(array(_channels(step)), tile(slot, number), arrived(slot))
 
     def start():
-        for step in range(min(stages, num_steps)):
-            request(step, step)
+        lax.fori_loop(0, min(stages, num_steps), lambda step, _: request(step, step), None)
 
     def accumulate(*accumulators):
         def one_step(step, _):
@@ -82,7 +81,14 @@ def add_products(tiles, arrays, out, width, pool, ring, leaving, arrived):
         pl.when(step + steps < num_steps)(lambda: request(step + steps, later, slot))
 
     def start():
-        for number in range(min(ring, total)):
+        whole = min(ring // len(tiles), num_steps)
+
+        def one_step(step, _):
+            for i in range(len(tiles)):
+                request(step, i, step * len(tiles) + i)
+
+        lax.fori_loop(0, whole, one_step, None)
+        for number in range(whole * len(tiles), min(ring, total)):
             request(*divmod(number, len(tiles)), number)
 
     def one_step(step, _):

@@ -32,6 +32,7 @@ STRONGEST = -80.0
 """Log decays are clamped here: exp(-80) = 2e-35 does not show beside anything in float32."""
 MILDEST_RATE = -1.0
 """a token's log decay, on the average of a chunk, with which it still counts as mild"""
+LOG2_E = np.log2(np.e)
 THROUGH, AFTER = 0, 1
 """the constant tiles: windows [i, j] of the tokens j through i, and of those after i"""
 
@@ -81,8 +82,7 @@ def log_decay(parts):
 
 def write_strength(log_decay):
     """1 - exp(log_decay), without cancellation for gates close to one."""
-    series = -log_decay * (1 + log_decay * (1 / 2 + log_decay * (1 / 6)))
-    return jnp.where(log_decay > -0.03, series, 1 - jnp.exp(log_decay))
+    return jnp.where(log_decay > -0.01, -log_decay * (1 + log_decay / 2), 1 - jnp.exp(log_decay))
 
 
 def window_sum(window, parts):
@@ -93,6 +93,13 @@ def window_sum(window, parts):
 def gates_product(window, parts):
     """The product of the gates in each token's window, float32."""
     return jnp.exp(window_sum(window, parts))
+
+
+def causal(scores, window, dtype):
+    """A_ij where j <= i, else 0: in `dtype` from float32 registers and the tile `THROUGH`'s."""
+    if dtype == jnp.bfloat16:
+        scores = scores.astype(dtype)  # two numbers an instruction; float16 might overflow where j > i
+    return (scores * load(window, scores.dtype)).astype(dtype)
 
 
 class Pairs:
@@ -111,11 +118,11 @@ class Pairs:
           constants: `constant_tiles`.
           derived: whether w is 1 - exp(log decay).
         """
-        self.mild, self.levels, self.write, self.causal = mild, levels, write, constants.at[THROUGH]
-        cumulative = window_sum(constants.at[THROUGH], levels.parts)
-        self.through = jnp.exp(cumulative)
+        self.mild, self.levels, self.write, self.window = mild, levels, write, constants.at[THROUGH]
+        cumulative = LOG2_E * window_sum(self.window, levels.parts)
+        self.through = jnp.exp2(cumulative)
         strength = write_strength(log_decay(levels.parts)) if derived else load(write)
-        strength = lax.cond(mild, lambda: strength * jnp.exp(-cumulative), lambda: strength)
+        strength = lax.cond(mild, lambda: strength * jnp.exp2(-cumulative), lambda: strength)
         write[...] = strength.astype(write.dtype)
         plgpu.commit_smem()
 
@@ -128,13 +135,17 @@ class Pairs:
         return lax.cond(self.mild, at_once, lambda: self.levels.sums(scores, self.write))
 
     def scores(self, p):
-        """Σ_m p_im w_jm D_ijm for j <= i, else 0: float32 [SIZE, SIZE] from p in registers."""
+        """Σ_m p_im w_jm D_ijm for j <= i, anything finite else: float32 [SIZE, SIZE] from p in registers."""
 
         def at_once():
             reading = (p * self.through).astype(self.write.dtype)
-            return load(self.causal) * product((reading, transposed(self.write)))
+            return product((reading, transposed(self.write)))
 
         return lax.cond(self.mild, at_once, lambda: self.levels.scores(p, self.write))
+
+    def causal(self, scores):
+        """A_ij where j <= i, else 0: two-byte, from float32 in registers."""
+        return causal(scores, self.window, self.write.dtype)
 
 
 class Levels:

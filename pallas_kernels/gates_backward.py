@@ -46,7 +46,7 @@ def gates_backward(reads, parts, mild, write, d_key, d_kept, *, out_dtype, inter
         g, tokens = lax.div(h, num_heads // num_groups), pl.ds(n * SIZE, SIZE)
         parts, written = [pool.at[PARTS + i] for i in range(num_parts)], pool.at[WRITE]
         work = [pool.at[WORK + i] for i in range(4)]
-        levels = decays.Levels(levels_ref, parts, pool, WORK + 1, arrived)
+        levels = decays.Levels(levels_ref, parts, pool, WORK + 1 + mild_ref[b, g, n, 0], arrived)
         for i, ref in enumerate(per_head):
             plgpu.copy_gmem_to_smem(ref.at[b, tokens, h], pool.at[i], arrived["all"])
         for i, part in enumerate(parts):

@@ -84,7 +84,8 @@ def linear_read(q, k, v, parts, mild, states, *, scale, residuals=False, interpr
         request(jnp.int32(0))
         mild = functools.reduce(operator.and_, [mild_ref[b, g, n, block] > 0 for block in range(num_blocks)])
         pl.when(mild)(start_values)
-        scores[...] = (scale * lax.fori_loop(0, num_blocks, one_block, jnp.zeros(SQUARE, jnp.float32))).astype(dtype)
+        result = scale * lax.fori_loop(0, num_blocks, one_block, jnp.zeros(SQUARE, jnp.float32))
+        scores[...] = decays.causal(result, constants.at[decays.THROUGH], dtype)
         plgpu.commit_smem()
         pl.when(~mild)(start_values)
         if residual_refs:

@@ -71,7 +71,7 @@ def linear_read_backward(d_out, q, k, v, parts, mild, states, d_states, d_kept, 
 
         d_scores, dq, dk = finish()
         plgpu.barrier_wait(arrived["block"])
-        scores[...] = (scale * tiles.load(through) * d_scores).astype(dtype)
+        scores[...] = decays.causal(scale * d_scores, through, dtype)
         dq *= scale * decays.gates_product(through, parts)
         dk *= decays.gates_product(constants.at[decays.AFTER], parts)
         x[...] = (tiles.load(query) * dq).astype(dtype)

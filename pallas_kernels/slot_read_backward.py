@@ -82,20 +82,19 @@ def slot_read_backward(d_out, k, v, parts, mild, write, keys, values, p, *, scal
         mild = mild_ref[b, g, n, 0] > 0
         plgpu.barrier_wait(arrived["gates"])
         p = tiles.load(scores)
-        levels = decays.Levels(levels_ref, parts, pool, 0, arrived)
+        levels = decays.Levels(levels_ref, parts, pool, 0 + mild_ref[b, g, n, 0], arrived)
         pairs = decays.Pairs(mild, levels, written, constants, derived=not write_refs)
 
         d_scores, dp = finish_values()
         pl.when(mild)(start_keys)
-        save(d_scores_ref, tiles.load(constants.at[decays.THROUGH]) * d_scores, scores)
+        save(d_scores_ref, pairs.causal(d_scores), scores)
         dp *= pairs.through
         save(d_before_ref, dp)
         dp += pairs.sums(scores)
         save(value_ref, p * pairs.through)
         ds = scale * p * (dp - tiles.along_rows((p * dp).sum(axis=1)))
         save(ds_ref, ds)
-        key_scores = pairs.scores(ds)
-        save(b_ref, key_scores, scores)
+        save(b_ref, pairs.causal(pairs.scores(ds)), scores)
         save(key_ref, ds * pairs.through, reader)
         pl.when(~mild)(start_keys)
         finish_keys()
