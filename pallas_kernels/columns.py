@@ -38,7 +38,8 @@ def inner_products(arrays, pairs, width, pool, stages, arrived):
             plgpu.copy_gmem_to_smem(array(_channels(step)), tile(slot, number), arrived(slot))
 
     def start():
-        lax.fori_loop(0, min(stages, num_steps), lambda step, _: request(step, step), None)
+        for step in range(min(stages, num_steps)):
+            request(step, step)
 
     def accumulate(*accumulators):
         def one_step(step, _):
@@ -47,6 +48,7 @@ def inner_products(arrays, pairs, width, pool, stages, arrived):
             for accumulator, (x, y) in zip(accumulators, pairs, strict=True):
                 plgpu.wgmma(accumulator, tile(slot, x), transposed(tile(slot, y)))
             plgpu.wgmma_wait(0)
+            plgpu.commit_smem()
             pl.when(step + stages < num_steps)(lambda: request(step + stages, slot))
 
         lax.fori_loop(0, num_steps, one_step, None)
@@ -65,14 +67,21 @@ def add_products(tiles, arrays, out, width, pool, ring, leaving, arrived):
       tiles: [64, 64] each, in shared memory.
       arrays, width: as for `inner_products`.
       out: such a function for the result.
-      pool: tiles of shared memory: the first `ring` for what is in flight, at least two, then `leaving` for results.
-      arrived: gives one barrier for a number below `ring`, for one copy.
+      pool: tiles of shared memory.
+      ring: (first, number) of those for what is in flight, at least two.
+      leaving: (first, number) of those that results leave by.
+      arrived: gives one barrier for each number in the ring, for one copy.
+
+    Returns:
+      (start, finish); start takes from which to which tile of the ring to ask for, all unless told.
     """
+    (first_tile, ring), (first_leaving, leaving) = ring, leaving
     num_steps = width // SIZE
     total = num_steps * len(tiles)
+    at_once = ring >= 2 * len(tiles)  # the tiles of the next steps are asked for together: fewer barriers
 
     def request(step, i, slot):
-        plgpu.copy_gmem_to_smem(arrays[i](_channels(step)), pool.at[slot], arrived(slot))
+        plgpu.copy_gmem_to_smem(arrays[i](_channels(step)), pool.at[first_tile + slot], arrived(slot))
 
     def request_later(step, i):
         """The tile that comes `ring` tiles after tile i of a step."""
@@ -80,15 +89,8 @@ def add_products(tiles, arrays, out, width, pool, ring, leaving, arrived):
         slot = lax.rem(step * len(tiles) + i, ring)
         pl.when(step + steps < num_steps)(lambda: request(step + steps, later, slot))
 
-    def start():
-        whole = min(ring // len(tiles), num_steps)
-
-        def one_step(step, _):
-            for i in range(len(tiles)):
-                request(step, i, step * len(tiles) + i)
-
-        lax.fori_loop(0, whole, one_step, None)
-        for number in range(whole * len(tiles), min(ring, total)):
+    def start(first=0, last=ring):
+        for number in range(first, min(last, total)):
             request(*divmod(number, len(tiles)), number)
 
     def one_step(step, _):
@@ -96,16 +98,18 @@ def add_products(tiles, arrays, out, width, pool, ring, leaving, arrived):
             for i, tile in enumerate(tiles):
                 slot = lax.rem(step * len(tiles) + i, ring)
                 plgpu.barrier_wait(arrived(slot))
-                plgpu.wgmma(acc, tile, pool.at[slot])
-                if i:
+                plgpu.wgmma(acc, tile, pool.at[first_tile + slot])
+                if i and not at_once:
                     plgpu.wgmma_wait(1)
+                    plgpu.commit_smem()
                     request_later(step, i - 1)
             return acc[...]
 
         result = pl.run_scoped(accumulate, plgpu.ACC(SQUARE, jnp.float32))
-        request_later(step, len(tiles) - 1)
-        tile = pool.at[ring + lax.rem(step, leaving)]
+        tile = pool.at[first_leaving + lax.rem(step, leaving)]
         plgpu.wait_smem_to_gmem(leaving - 1, wait_read_only=True)
+        for i in range(0 if at_once else len(tiles) - 1, len(tiles)):
+            request_later(step, i)
         tile[...] = result.astype(tile.dtype)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(tile, out(_channels(step)))

@@ -179,6 +179,7 @@ class Levels:
             plgpu.copy_gmem_to_smem(self.tiles_ref.at[index], self.window(index), self.arrived["window"])
 
         def one_level(index, result):
+            plgpu.commit_smem()
             plgpu.barrier_wait(self.arrived["window"])
             pl.when(index + 1 < LEVELS)(lambda: request(index + 1))
             return body(index, gates_product(self.window(index), self.parts), result)

@@ -45,7 +45,7 @@ def gates_backward(reads, parts, mild, write, d_key, d_kept, *, out_dtype, inter
         b, h, n = chunk
         g, tokens = lax.div(h, num_heads // num_groups), pl.ds(n * SIZE, SIZE)
         parts, written = [pool.at[PARTS + i] for i in range(num_parts)], pool.at[WRITE]
-        work = [pool.at[WORK + i] for i in range(4)]
+        work = [pool.at[WORK + i] for i in (3, 1, 2, 0)]
         levels = decays.Levels(levels_ref, parts, pool, WORK + 1 + mild_ref[b, g, n, 0], arrived)
         for i, ref in enumerate(per_head):
             plgpu.copy_gmem_to_smem(ref.at[b, tokens, h], pool.at[i], arrived["all"])
@@ -119,7 +119,9 @@ def of_pairs(reads, parts, write, through, work, d_log_decay, d_write):
         later[...] = (tiles.load(dy) * since).astype(dtype)
         plgpu.commit_smem()
         d_later += tiles.load(later) * tiles.product((scores, factors))
-        return d_later, d_earlier + tiles.product((tiles.transposed(scores), later))
+        d_earlier += tiles.product((tiles.transposed(scores), later))
+        plgpu.commit_smem()
+        return d_later, d_earlier
 
     zeros = jnp.zeros(tiles.SQUARE, jnp.float32)
     d_later, d_earlier = lax.fori_loop(0, 2, one_read, (zeros, zeros))
@@ -145,6 +147,7 @@ def of_pairs_by_halving(reads, levels, write, later, d_log_decay, d_write):
             plgpu.commit_smem()
             d_later += tiles.load(dy) * tiles.product((across, factors))
             d_earlier += tiles.product((tiles.transposed(across), later))
+            plgpu.commit_smem()
         # d_later is zero in earlier halves, d_earlier in later ones.
         across[...] = (tiles.load(factors) * (d_later + d_earlier)).astype(dtype)
         plgpu.commit_smem()

@@ -11,10 +11,10 @@ from jax import lax
 from pallas_kernels import columns, decays, tiles
 from pallas_kernels.tiles import SIZE, SQUARE
 
-VALUE_TILES = 4
+VALUE_TILES = 7
 """of the loop over the values in flight"""
-OUT, KEYS, PARTS = VALUE_TILES, VALUE_TILES + 1, VALUE_TILES + 2
-"""scratch tiles behind the loop's, in which the levels work before: a block's keys, the parts of its log decays"""
+OUT, RING, SCORES, READERS = 0, 1, 1 + VALUE_TILES, 2 + VALUE_TILES
+"""scratch tiles; of those of the loop, the first four are also the levels', the last ones a block's k and log decays"""
 
 
 def linear_read(q, k, v, parts, mild, states, *, scale, residuals=False, interpret=None):
@@ -37,13 +37,13 @@ def linear_read(q, k, v, parts, mild, states, *, scale, residuals=False, interpr
     num_groups, value_size = v.shape[2:]
     num_parts, dtype = parts.shape[0], q.dtype
     num_blocks = key_size // SIZE
-    SCORES, READERS = PARTS + num_parts, PARTS + num_parts + 1
+    EARLY = VALUE_TILES - 1 - num_parts  # of the loop's tiles, free from the start
 
     def body(chunk, pool, constants, arrived, q_ref, k_ref, v_ref, levels_ref, mild_ref, parts_ref, states_ref, *refs):
         out_ref, *residual_refs = refs
         b, h, n = chunk
         g, tokens = lax.div(h, num_heads // num_groups), pl.ds(n * SIZE, SIZE)
-        keys, parts = pool.at[KEYS], [pool.at[PARTS + i] for i in range(num_parts)]
+        keys, *parts = (pool.at[RING + i] for i in range(EARLY, VALUE_TILES))
         levels = decays.Levels(levels_ref, parts, pool, 0, arrived)
         scores, readers = pool.at[SCORES], [pool.at[READERS + block] for block in range(num_blocks)]
 
@@ -56,8 +56,8 @@ def linear_read(q, k, v, parts, mild, states, *, scale, residuals=False, interpr
             lambda channels: out_ref.at[b, tokens, h, channels],
             value_size,
             pool,
-            VALUE_TILES,
-            1,
+            (RING, VALUE_TILES),
+            (OUT, 1),
             arrived["values"],
         )
 
@@ -83,11 +83,12 @@ def linear_read(q, k, v, parts, mild, states, *, scale, residuals=False, interpr
 
         request(jnp.int32(0))
         mild = functools.reduce(operator.and_, [mild_ref[b, g, n, block] > 0 for block in range(num_blocks)])
-        pl.when(mild)(start_values)
+        pl.when(mild)(lambda: start_values(last=EARLY))
         result = scale * lax.fori_loop(0, num_blocks, one_block, jnp.zeros(SQUARE, jnp.float32))
         scores[...] = decays.causal(result, constants.at[decays.THROUGH], dtype)
         plgpu.commit_smem()
-        pl.when(~mild)(start_values)
+        pl.when(~mild)(lambda: start_values(last=EARLY))
+        start_values(first=EARLY)
         if residual_refs:
             scores_ref, reading_ref = residual_refs
             plgpu.copy_smem_to_gmem(scores, scores_ref.at[b, tokens, h])

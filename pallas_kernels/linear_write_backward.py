@@ -44,8 +44,8 @@ def linear_write_backward(d_out, scores, key, d_states, interpret=None):
             lambda channels: dv_ref.at[b, tokens, h, channels],
             value_size,
             pool,
-            OUT,
-            1,
+            (0, OUT),
+            (OUT, 1),
             arrived["values"],
         )
         start()

@@ -71,8 +71,8 @@ def slot_read(q, k, v, parts, mild, write, keys, values, *, scale, num_slots, re
             lambda channels: out_ref.at[b, tokens, h, channels],
             value_size,
             pool,
-            VALUE_TILES,
-            2,
+            (0, VALUE_TILES),
+            (OUT, 2),
             arrived["value"],
         )
 

@@ -68,8 +68,8 @@ def slot_read_backward(d_out, k, v, parts, mild, write, keys, values, p, *, scal
             lambda channels: dq_ref.at[b, tokens, h, channels],
             key_size,
             pool,
-            KEY_TILES,
-            2,
+            (0, KEY_TILES),
+            (OUT, 2),
             arrived["key"],
         )
 

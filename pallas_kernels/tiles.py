@@ -87,7 +87,7 @@ def vary_alike(*arrays):
     ]
 
 
-def kernel(name, body, *outputs, grid, interpret=None, **threads):
+def kernel(name, body, *outputs, grid, interpret=None, auto_barriers=True, **threads):
     """`plgpu.kernel` over a grid given as a dictionary, slowest axis first; outputs as (shape, dtype)."""
     body.__name__ = name  # as profiles show it
 
@@ -98,7 +98,9 @@ def kernel(name, body, *outputs, grid, interpret=None, **threads):
             out_type=tuple(jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in outputs),
             grid=tuple(grid.values()),
             grid_names=tuple(grid),
-            compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=1024),
+            compiler_params=plgpu.CompilerParams(
+                approx_math=True, reduction_scratch_bytes=1024, unsafe_no_auto_barriers=not auto_barriers
+            ),
             interpret=interpret,
             **threads,
         )(*operands)
@@ -107,13 +109,18 @@ def kernel(name, body, *outputs, grid, interpret=None, **threads):
     return call
 
 
-def chunk_kernel(name, body, *outputs, shape, dtype, tiles, constants, arrivals, vectors=0, interpret=None):
+def chunk_kernel(name, body, *outputs, shape, dtype, tiles, constants, arrivals, vectors=0, wide=None, interpret=None):
     """A kernel whose every warpgroup does one chunk of one head after another.
 
     `body((b, h, n), pool, constants, arrived, *refs)` does chunk n of head h of batch entry b, with scratch tiles
     [tiles, SIZE, SIZE] of its own, constant tiles [constants, SIZE, SIZE] that all share, and its barriers by name.
-    Then come float32 numbers [vectors, SIZE] of its own, if any, and the references to operands and outputs. The first
-    operand is the array whose first tiles are the constant ones.
+    Then come float32 numbers [vectors, SIZE] of its own, if any, one float32 tile, or None without `wide`, unless that
+    is None, and the references to operands and outputs. The first operand is the array whose first tiles are the
+    constant ones.
+
+    Mosaic would put a barrier before and after every store and before every copy; here the body has them, three times
+    fewer. `plgpu.commit_smem` and `plgpu.wait_smem_to_gmem` are such: all threads of the warpgroup have come there. One
+    has to lie between a product that reads a tile of shared memory and the store or the copy that overwrites it.
 
     Args:
       outputs: (shape, dtype) each.
@@ -130,7 +137,7 @@ def chunk_kernel(name, body, *outputs, shape, dtype, tiles, constants, arrivals,
         warpgroup = lax.axis_index("warpgroup")
         first = lax.axis_index("block") * warpgroups + warpgroup
 
-        def scoped(pool, shared, vectors, barriers, arrived):
+        def scoped(pool, shared, vectors, wides, barriers, arrived):
             @pl.when(warpgroup == 0)
             def _():
                 for i in range(constants):
@@ -148,6 +155,7 @@ def chunk_kernel(name, body, *outputs, shape, dtype, tiles, constants, arrivals,
                     shared,
                     {name: _own(barriers[name], warpgroup, n) for name, n in arrivals.items()},
                     *(() if vectors is None else (vectors.at[warpgroup],)),
+                    *(() if wide is None else (wides.at[warpgroup] if wide else None,)),
                     *refs,
                 )
                 # The next chunk's tiles go where threads may still read, and copies to memory too.
@@ -162,6 +170,7 @@ def chunk_kernel(name, body, *outputs, shape, dtype, tiles, constants, arrivals,
             scratch((warpgroups, tiles, *SQUARE), dtype),
             scratch((constants, *SQUARE), dtype) if constants else None,
             scratch((warpgroups, vectors, SIZE)) if vectors else None,
+            scratch((warpgroups, *SQUARE)) if wide else None,
             {name: _barriers(warpgroups, n) for name, n in arrivals.items()},
             plgpu.Barrier(num_arrivals=max(constants, 1)),
             collective_axes="warpgroup",
@@ -174,6 +183,7 @@ def chunk_kernel(name, body, *outputs, shape, dtype, tiles, constants, arrivals,
         grid={"block": blocks},
         num_threads=warpgroups,
         thread_name="warpgroup",
+        auto_barriers=False,
         interpret=interpret,
     )
 

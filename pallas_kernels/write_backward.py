@@ -59,7 +59,6 @@ def write_backward(memories, key, interpret=None):
 
         def leave(result, parity, ref):
             tile = pool.at[OUT + parity]
-            plgpu.wait_smem_to_gmem(1, wait_read_only=True)
             tile[...] = result.astype(dtype)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(tile, ref)
@@ -71,13 +70,15 @@ def write_backward(memories, key, interpret=None):
             request(index, step, number)
 
         def one_step(index, d_key, step, _):
-            slot = lax.rem(sum(num_steps[:index]) + step, STAGES)
+            number = sum(num_steps[:index]) + step
+            slot = lax.rem(number, STAGES)
             x, y, d_state = (pool.at[3 * slot + i] for i in range(3))
             plgpu.barrier_wait(arrived["step"](slot))
             plgpu.wgmma(d_key, x, tiles.transposed(d_state))
             dx = tiles.product((tiles.transposed(pool.at[SCORES + index]), y), (pool.at[KEY], d_state))
+            plgpu.wait_smem_to_gmem(1, wait_read_only=True)
             request_later(index, step, slot)
-            leave(dx, lax.rem(step, 2), dx_refs[index].at[b, tokens, h, pl.ds(step * SIZE, SIZE)])
+            leave(dx, lax.rem(number, 2), dx_refs[index].at[b, tokens, h, pl.ds(step * SIZE, SIZE)])
 
         def accumulate(d_key):
             plgpu.barrier_wait(arrived["key"])
@@ -87,7 +88,8 @@ def write_backward(memories, key, interpret=None):
             return d_key[...]
 
         d_key = pl.run_scoped(accumulate, plgpu.ACC(SQUARE, jnp.float32))
-        leave(d_key, num_steps[-1] % 2, d_key_ref.at[b, tokens, h])
+        plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+        leave(d_key, sum(num_steps) % 2, d_key_ref.at[b, tokens, h])
 
     first_steps = [(index, step) for index, steps in enumerate(num_steps) for step in range(steps)][:STAGES]
     return tiles.chunk_kernel(
