@@ -38,5 +38,6 @@ def attempt(measure: Callable[[], dict], refusals: type | tuple[type, ...] = REF
             return {"error": "not enough memory"}
         if not isinstance(error, refusals):
             raise
+        outcome = "does not fit" if isinstance(error, REFUSALS) else "failed"
         reason = str(error).strip() or type(error).__name__
-        return {"error": f"does not fit: {reason.splitlines()[0]}"}
+        return {"error": f"{outcome}: {reason.splitlines()[0]}"}
