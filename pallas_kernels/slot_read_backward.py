@@ -92,7 +92,8 @@ def slot_read_backward(d_out, k, v, parts, mild, write, keys, values, p, *, scal
         save(d_before_ref, dp)
         dp += pairs.sums(scores)
         save(value_ref, p * pairs.through)
-        ds = scale * p * (dp - tiles.along_rows((p * dp).sum(axis=1)))
+        # p was rounded: divided by its sum, so that a gradient common to all slots cancels.
+        ds = scale * p * (dp - tiles.along_rows((p * dp).sum(axis=1) / p.sum(axis=1)))
         save(ds_ref, ds)
         save(b_ref, pairs.causal(pairs.scores(ds)), scores)
         save(key_ref, ds * pairs.through, reader)
