@@ -86,7 +86,7 @@ def train(config: TrainConfig, *, resume: bool = False) -> TrainSummary:
     validation = functools.partial(validation_batches, config.data, batch_size=rows, corpus=held_out, **common)
 
     _write_config(run_dir, config)
-    with Checkpoints(run_dir / "checkpoints", config, cleanup=True) as checkpoints:
+    with Checkpoints(run_dir / "checkpoints", config, cleanup=True) as checkpoints, jax.set_mesh(mesh):
         step, interrupted = _run(config, mesh, checkpoints, batches, validation)
     if jax.process_index() == 0:
         plot_curves(run_dir)

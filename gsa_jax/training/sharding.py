@@ -1,4 +1,4 @@
-"""Where arrays lie: the mesh, and one table from the names of parameter axes to mesh axes."""
+"""Where the arrays of a run lie: the mesh, the parameters and the batch."""
 
 import math
 from typing import Any
@@ -9,12 +9,8 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from gsa_jax.sharding import MESH_AXES, partition_spec
 from gsa_jax.training.config import ConfigError, MeshConfig
-
-MESH_AXES = ("data", "fsdp", "tensor", "context")
-
-RULES = {"embed": "fsdp", "heads": "tensor", "mlp": "tensor", "vocab": "tensor"}
-"""The mesh axis that each named parameter axis is split over; the other axes are not split."""
 
 BATCH = P(("data", "fsdp"), "context")
 """How a batch [batch, length] is split."""
@@ -49,8 +45,8 @@ def axes(variable: nnx.Variable) -> tuple[str | None, ...]:
 def shardings(tree: Any, mesh: Mesh) -> Any:
     """A NamedSharding for every array of `tree` (arrays or ShapeDtypeStructs), in the same structure.
 
-    Variables, and so parameters and whatever optax made in their shape, are split by `RULES`; an axis that its mesh
-    axis does not divide is left whole, and so is everything else.
+    Variables, and so parameters and whatever optax made in their shape, are split by `gsa_jax.sharding.RULES`; an axis
+    that its mesh axis does not divide is left whole, and so is everything else.
     """
 
     def of_node(node):
@@ -61,11 +57,9 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
 
 
 def _spec(variable: nnx.Variable, mesh: Mesh) -> P:
-    names, shape = axes(variable), variable.shape
-    stacked = len(shape) - len(names)
-    mesh_axes = [RULES.get(name) for name in names]
-    fits = [axis and size % mesh.shape[axis] == 0 for axis, size in zip(mesh_axes, shape[stacked:], strict=True)]
-    return P(*[None] * stacked, *[axis if fit else None for axis, fit in zip(mesh_axes, fits, strict=True)])
+    names = axes(variable)
+    stacked = (None,) * (len(variable.shape) - len(names))
+    return partition_spec((*stacked, *names), variable.shape, mesh)
 
 
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:

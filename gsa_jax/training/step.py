@@ -1,5 +1,6 @@
 """The state of a training run, and the two compiled functions that run over it: a training and an evaluation step."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from gsa_jax.models import LanguageModel, ModelConfig
-from gsa_jax.training.loss import next_token_loss
+from gsa_jax.training.loss import sharded_next_token_loss
 from gsa_jax.training.sharding import BATCH, shardings
 
 Batch = dict[str, jax.Array]
@@ -81,9 +82,11 @@ def make_train_step(
     grad_norm (before clipping), learning_rate, tokens.
     """
 
+    loss_of = functools.partial(loss_sum, graphdef)
+
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         def add_part(sums, part):
-            (nll, tokens), grads = jax.value_and_grad(_loss, has_aux=True)(state.params, graphdef, part)
+            (nll, tokens), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params, part)
             return jax.tree.map(jnp.add, sums, (grads, nll, tokens)), None
 
         zeros = (jax.tree.map(jnp.zeros_like, state.params), jnp.float32(0), jnp.int32(0))
@@ -109,7 +112,8 @@ def compile_train_step(
     array = jax.ShapeDtypeStruct(batch_shape, jnp.int32, sharding=NamedSharding(mesh, BATCH))
     batch = dict.fromkeys(("inputs", "targets", "segment_ids"), array)
     placed = jax.tree.map(lambda x: x.sharding, like)
-    return jax.jit(train_step, donate_argnums=0, out_shardings=(placed, None)).lower(like, batch).compile()
+    with jax.set_mesh(mesh):
+        return jax.jit(train_step, donate_argnums=0, out_shardings=(placed, None)).lower(like, batch).compile()
 
 
 def make_eval_step(graphdef: nnx.GraphDef) -> Callable[[nnx.State, Batch], dict[str, jax.Array]]:
@@ -119,14 +123,14 @@ def make_eval_step(graphdef: nnx.GraphDef) -> Callable[[nnx.State, Batch], dict[
     """
 
     def eval_step(params: nnx.State, batch: Batch) -> dict[str, jax.Array]:
-        nll, tokens = _loss(params, graphdef, batch)
+        nll, tokens = loss_sum(graphdef, params, batch)
         return {"nll": nll, "tokens": tokens, "bytes": jnp.sum(batch["target_bytes"])}
 
     return eval_step
 
 
-def _loss(params: nnx.State, graphdef: nnx.GraphDef, batch: Batch) -> tuple[jax.Array, jax.Array]:
+def loss_sum(graphdef: nnx.GraphDef, params: nnx.State, batch: Batch) -> tuple[jax.Array, jax.Array]:
     """The loss in nats summed over the tokens of a batch, and their number."""
     model = nnx.merge(graphdef, params)
     hidden, _ = model.hidden(batch["inputs"], segment_ids=batch["segment_ids"])
-    return next_token_loss(model.logits, hidden, batch["targets"], batch["segment_ids"] > 0)
+    return sharded_next_token_loss(model.head_matrix(), hidden, batch["targets"], batch["segment_ids"] > 0)
