@@ -33,8 +33,8 @@ class Arguments:
 
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
     preset: str = "tiny"
-    """model and recipe, the defaults of all settings below: tiny, tiny-gla, ..., gsa-340m, gsa-1.3b, gsa-2.7b, and the
-    same sizes of abc, gla, hgrn2, retention, linear and softmax"""
+    """model and recipe, the defaults of all settings below: tiny, tiny-gla, ..., gsa-340m, gsa-1.3b, gsa-2.7b, gsa-7b,
+    and the same sizes of abc, gla, hgrn2, retention, linear and softmax"""
     resume: bool = False
     """go on with the run in --run-dir, with its settings, from its last checkpoint"""
     prompt: str = "def "

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gsa_jax.sharding import MESH_AXES, partition_spec
@@ -42,7 +42,7 @@ def axes(variable: nnx.Variable) -> tuple[str | None, ...]:
     return variable.get_metadata()["axes"]
 
 
-def shardings(tree: Any, mesh: Mesh) -> Any:
+def shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
     """A NamedSharding for every array of `tree` (arrays or ShapeDtypeStructs), in the same structure.
 
     Variables, and so parameters and whatever optax made in their shape, are split by `gsa_jax.sharding.RULES`; an axis
@@ -56,7 +56,7 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(of_node, tree, is_leaf=is_variable)
 
 
-def _spec(variable: nnx.Variable, mesh: Mesh) -> P:
+def _spec(variable: nnx.Variable, mesh: Mesh | AbstractMesh) -> P:
     names = axes(variable)
     stacked = (None,) * (len(variable.shape) - len(names))
     return partition_spec((*stacked, *names), variable.shape, mesh)

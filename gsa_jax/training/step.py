@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from gsa_jax.models import LanguageModel, ModelConfig
 from gsa_jax.training.loss import sharded_next_token_loss
@@ -47,22 +47,33 @@ def init_state(
     seed: int,
     param_dtype: jnp.dtype = jnp.float32,
 ) -> tuple[Callable[[], TrainState], TrainState]:
-    """How a run begins: a function that makes the first state, sharded from the start, and the state's shapes.
-
-    The second is a TrainState of ShapeDtypeStructs with their shardings, which is also what a checkpoint needs.
+    """How a run begins: a function that makes the first state, sharded from the start, and its `abstract_state`.
 
     Parameters in bfloat16, and with them gradients and moments, take half the memory, and small updates are lost in
     their rounding: for comparisons with models that are trained that way.
     """
+    like = abstract_state(config, optimizer, mesh, param_dtype)
+    create = functools.partial(_create_state, config, optimizer, seed, param_dtype)
+    return jax.jit(create, out_shardings=jax.tree.map(lambda x: x.sharding, like)), like
 
-    def create() -> TrainState:
-        params = init_params(config, seed, param_dtype)
-        return TrainState(jnp.int32(0), params, optimizer.init(params))
 
-    abstract = jax.eval_shape(create)
-    placed = shardings(abstract, mesh)
-    create = jax.jit(create, out_shardings=placed)
-    return create, jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, placed)
+def abstract_state(
+    config: ModelConfig,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh | AbstractMesh,
+    param_dtype: jnp.dtype = jnp.float32,
+) -> TrainState:
+    """The state as ShapeDtypeStructs with their shardings, which is what a checkpoint needs; allocates nothing."""
+    state = jax.eval_shape(functools.partial(_create_state, config, optimizer, 0, param_dtype))
+    placed = shardings(state, mesh)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, placed)
+
+
+def _create_state(
+    config: ModelConfig, optimizer: optax.GradientTransformation, seed: int, param_dtype: jnp.dtype
+) -> TrainState:
+    params = init_params(config, seed, param_dtype)
+    return TrainState(jnp.int32(0), params, optimizer.init(params))
 
 
 def make_train_step(

@@ -92,8 +92,8 @@ def test_recipes_are_the_papers(name, tokens, warmup):
 
 
 def test_an_unknown_preset_lists_the_known_ones():
-    with pytest.raises(ValueError, match=r"gsa-340m.*got 'gsa-7b'"):
-        recipe("gsa-7b")
+    with pytest.raises(ValueError, match=r"gsa-340m.*got 'gsa-70b'"):
+        recipe("gsa-70b")
 
 
 def test_differences_name_the_fields():
