@@ -11,23 +11,28 @@ from jax.sharding import PartitionSpec as P
 
 from gsa_jax.sharding import MESH_AXES, partition_spec
 from gsa_jax.training.config import ConfigError, MeshConfig
+from gsa_jax.training.hosts import rows_of_host
 
 BATCH = P(("data", "fsdp"), "context")
 """How a batch [batch, length] is split."""
 
 
 def make_mesh(config: MeshConfig) -> Mesh:
-    """The mesh (data, fsdp, tensor, context) of those sizes; all at 1 take one device, however many there are.
+    """The mesh (data, fsdp, tensor, context) of those sizes, over the devices of all hosts.
+
+    On a single host sizes of 1 take one device, however many there are.
 
     Raises:
       ConfigError: the sizes do not multiply to the number of devices.
     """
     sizes = tuple(getattr(config, name) for name in MESH_AXES)
     devices = jax.devices()
-    if math.prod(sizes) not in (1, len(devices)):
+    wanted = (len(devices),) if jax.process_count() > 1 else (1, len(devices))
+    if math.prod(sizes) not in wanted:
         named = ", ".join(f"{name}={size}" for name, size in zip(MESH_AXES, sizes, strict=True))
         raise ConfigError(
-            f"mesh: {named} make {math.prod(sizes)} devices, expected {len(devices)}, which is what there is, or 1"
+            f"mesh: {named} make {math.prod(sizes)} devices, expected {len(devices)}, which is what there is"
+            + (", or 1" if 1 in wanted else "")
         )
     return jax.make_mesh(sizes, MESH_AXES, (AxisType.Auto,) * 4, devices=devices[: math.prod(sizes)])
 
@@ -65,4 +70,10 @@ def _spec(variable: nnx.Variable, mesh: Mesh | AbstractMesh) -> P:
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """This host's rows of a batch, arrays [rows, length], as global arrays [batch, length] on the mesh."""
     sharding = NamedSharding(mesh, BATCH)
-    return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
+    _, hosts = rows_of_host(mesh)
+
+    def put(array):
+        rows, length = array.shape
+        return jax.make_array_from_process_local_data(sharding, array, (rows * hosts, length))
+
+    return {name: put(array) for name, array in batch.items()}
