@@ -6,8 +6,8 @@ import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
-MESH_AXES = ("data", "fsdp", "tensor", "context")
-"""The axes of a mesh, neighbouring devices along the last ones."""
+MESH_AXES = ("data", "fsdp", "context", "tensor")
+"""The axes of a mesh. The last ones get the nearest devices: `tensor` moves most and nothing hides it."""
 
 RULES: dict[str | None, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),

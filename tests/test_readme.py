@@ -53,6 +53,7 @@ def test_every_script_has_a_test_below():
         "experiments.benchmarks.ops",
         "experiments.benchmarks.model",
         "experiments.mqar",
+        "experiments.plan",
     }
 
 
@@ -73,7 +74,7 @@ def test_train_generate_evaluate_resume(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "script", ["language_model", "generate", "evaluate", "mqar", "benchmarks.ops", "benchmarks.peers"]
+    "script", ["language_model", "generate", "evaluate", "mqar", "plan", "benchmarks.ops", "benchmarks.peers"]
 )
 def test_help_reads_well(script, tmp_path):
     finished = run([sys.executable, "-m", f"experiments.{script}", "--help"], tmp_path)

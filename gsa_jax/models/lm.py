@@ -101,8 +101,8 @@ class LanguageModel(nnx.Module):
         return self.norm(x), state
 
     def _embed(self, tokens):
-        """The tokens' rows of the table, which is gathered but for a split of the vocabulary: that one stays."""
-        table = self.embedding.embedding[...].astype(self.dtype)
+        """The tokens' rows of the table, which is gathered in `dtype`; only a split of the vocabulary stays."""
+        table = constrain(self.embedding.embedding[...].astype(self.dtype), "vocab", "embed")
         return jnp.take(constrain(table, "vocab", None), tokens, axis=0)
 
     def logits(self, hidden):

@@ -236,7 +236,7 @@ def _bandwidth(axis: str, sizes: dict[str, int], hardware: Hardware) -> float:
 
 
 def _abstract_mesh(mesh: MeshConfig) -> AbstractMesh:
-    return AbstractMesh(tuple(dataclasses.asdict(mesh).values()), MESH_AXES)
+    return AbstractMesh(tuple(getattr(mesh, name) for name in MESH_AXES), MESH_AXES)
 
 
 def _factorizations(number: int, count: int) -> list[tuple[int, ...]]:

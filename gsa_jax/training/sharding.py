@@ -18,7 +18,7 @@ BATCH = P(("data", "fsdp"), "context")
 
 
 def make_mesh(config: MeshConfig) -> Mesh:
-    """The mesh (data, fsdp, tensor, context) of those sizes, over the devices of all hosts.
+    """The mesh of those sizes, with the axes `gsa_jax.sharding.MESH_AXES`, over the devices of all hosts.
 
     On a single host sizes of 1 take one device, however many there are.
 

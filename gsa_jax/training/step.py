@@ -12,6 +12,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from gsa_jax.models import LanguageModel, ModelConfig
 from gsa_jax.training.loss import sharded_next_token_loss
+from gsa_jax.training.overlap import compiler_options
 from gsa_jax.training.sharding import BATCH, shardings
 
 Batch = dict[str, jax.Array]
@@ -124,7 +125,8 @@ def compile_train_step(
     batch = dict.fromkeys(("inputs", "targets", "segment_ids"), array)
     placed = jax.tree.map(lambda x: x.sharding, like)
     with jax.set_mesh(mesh):
-        return jax.jit(train_step, donate_argnums=0, out_shardings=(placed, None)).lower(like, batch).compile()
+        lowered = jax.jit(train_step, donate_argnums=0, out_shardings=(placed, None)).lower(like, batch)
+    return lowered.compile(compiler_options(mesh.size))
 
 
 def make_eval_step(graphdef: nnx.GraphDef) -> Callable[[nnx.State, Batch], dict[str, jax.Array]]:

@@ -6,6 +6,7 @@ from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
 from gsa_jax.training import ConfigError, MeshConfig, OptimizerConfig, make_mesh, make_optimizer, shardings
+from gsa_jax.training.overlap import OVERLAP, compiler_options
 
 
 @pytest.mark.parametrize("sizes", [{"data": 3}, {"tensor": 2, "fsdp": 2}])
@@ -36,3 +37,15 @@ def test_parameters_and_moments_are_split_by_their_axes():
     for tree in (split, moments.mu, moments.nu):
         assert {name: sharding.spec for name, sharding in nnx.to_pure_dict(tree).items()} == expected
     assert moments.count.spec == P()
+
+
+@pytest.mark.parametrize("platform", OVERLAP)
+def test_the_compiler_knows_its_options(platform):
+    jax.jit(lambda x: x + 1).lower(1.0).compile(OVERLAP[platform])
+
+
+def test_the_options_are_for_several_devices_of_their_platform(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert compiler_options(8) == OVERLAP["gpu"] and compiler_options(1) == {}
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+    assert compiler_options(8) == {}
