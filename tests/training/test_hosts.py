@@ -13,9 +13,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from gsa_jax.training import ConfigError, initialize_hosts, read_metrics
+from gsa_jax.training import ConfigError, hosts, initialize_hosts, read_metrics
 from gsa_jax.training.data import DataError, HostBatches
-from gsa_jax.training.hosts import rows_of_host
+from gsa_jax.training.hosts import rows_of_host, together
 from tests.training.tiny import FAST_COMPILE, run_config
 
 
@@ -99,9 +99,9 @@ def test_hosts_that_disagree_are_stopped_by_name_before_anything_is_written(tmp_
     common = ["experiments.language_model", "--data", config.data.path, "--run-dir", tmp_path / "run", "--steps", "4"]
     job = {"SLURM_JOB_ID": str(free_port()), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}
     job |= {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "1"}
-    hosts = [{"SLURM_PROCID": str(host), "SLURM_LOCALID": str(host)} for host in range(2)]
+    tasks = [{"SLURM_PROCID": str(host), "SLURM_LOCALID": str(host)} for host in range(2)]
     arguments = [[*common, "--optimizer.b1", b1] for b1 in ("0.9", "0.95")]
-    processes = [start(given, 1, **job, **host) for given, host in zip(arguments, hosts, strict=True)]
+    processes = [start(given, 1, **job, **task) for given, task in zip(arguments, tasks, strict=True)]
     for code, said in finish(processes):
         assert code == 2 and "Traceback" not in said, said
         assert "the hosts disagree" in said and "optimizer.b1 is 0.9" in said
@@ -164,3 +164,12 @@ def test_streams_that_do_not_divide_the_batch_are_refused(corpus):
     config = dataclasses.replace(corpus, streams=5)
     with pytest.raises(DataError, match="data.streams=5: expected a divisor of batch_size=12"):
         HostBatches(config, batch_size=12, length=16, seed=0, host=0, hosts=1, corpus=config.open("train"))
+
+
+def test_a_mistake_on_one_host_stops_all(monkeypatch):
+    assert together(lambda: 3) == 3
+    monkeypatch.setattr(hosts, "gather", lambda text: [text, "/corpus: no such file"])
+    with pytest.raises(ConfigError, match="host 1: /corpus: no such file"):
+        together(lambda: 3)
+    with pytest.raises(FileNotFoundError):
+        together(lambda: os.stat("/no/such/file"))
