@@ -1,57 +1,120 @@
-"""Sums of products of tiles with wide arrays in memory, 64 columns at a time."""
+"""Products of arrays in memory that are wider than a tile, 64 channels at a time.
+
+Both functions work in a ring of tiles in shared memory, the first ones of a pool, and return two functions: `start`
+asks for the first channels, `finish` does the rest, so that other work can go in between. The steps are loops: unrolled
+they would be long code, which has to be fetched anew for every chunk.
+"""
 
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
+from jax import lax
 
-from pallas_kernels.tiles import SIZE, SQUARE
-
-STAGES = 3
-"""tiles of the wide arrays in flight"""
-NUM_TILES = STAGES + 1
-"""tiles of shared memory to work in: those in flight and one on its way out"""
-ARRIVALS = {f"columns{slot}": 1 for slot in range(STAGES)}
+from pallas_kernels.tiles import SIZE, SQUARE, transposed
 
 
-def add_products(tiles, wide, out, num_steps, work, arrived):
-    """out = Σ tiles[i] @ wide[i], for float32 sums.
+def _channels(step):
+    return pl.ds(step * SIZE, SIZE)
+
+
+def inner_products(arrays, pairs, width, pool, stages, arrived):
+    """Σ_c x_ic y_jc over all channels c, float32 in registers, for each pair (x, y).
+
+    Args:
+      arrays: functions that give the reference to some channels of an array, [64, 64] each.
+      pairs: two numbers of arrays each.
+      width: how many channels, a multiple of 64.
+      pool: tiles of shared memory, of which the first len(arrays) · stages are used.
+      stages: how many steps are in flight.
+      arrived: gives one barrier for a number below `stages`, for len(arrays) copies.
+    """
+    num_steps = width // SIZE
+
+    def tile(slot, number):
+        return pool.at[len(arrays) * slot + number]
+
+    def request(step, slot):
+        for number, array in enumerate(arrays):
+            plgpu.copy_gmem_to_smem(array(_channels(step)), tile(slot, number), arrived(slot))
+
+    def start():
+        for step in range(min(stages, num_steps)):
+            request(step, step)
+
+    def accumulate(*accumulators):
+        def one_step(step, _):
+            slot = lax.rem(step, stages)
+            plgpu.barrier_wait(arrived(slot))
+            for accumulator, (x, y) in zip(accumulators, pairs, strict=True):
+                plgpu.wgmma(accumulator, tile(slot, x), transposed(tile(slot, y)))
+            plgpu.wgmma_wait(0)
+            plgpu.commit_smem()
+            pl.when(step + stages < num_steps)(lambda: request(step + stages, slot))
+
+        lax.fori_loop(0, num_steps, one_step, None)
+        return tuple(accumulator[...] for accumulator in accumulators)
+
+    def finish():
+        return pl.run_scoped(accumulate, *[plgpu.ACC(SQUARE, jnp.float32)] * len(pairs))
+
+    return start, finish
+
+
+def add_products(tiles, arrays, out, width, pool, ring, leaving, arrived):
+    """out = Σ tiles[i] @ arrays[i], from float32 sums.
 
     Args:
       tiles: [64, 64] each, in shared memory.
-      wide: functions that give the reference to some columns of an array in memory, [64, 64] each.
-      out: one such function for the result.
-      num_steps: how often 64 columns.
-      work: NUM_TILES tiles in shared memory, free to use.
-      arrived: the barriers of `ARRIVALS`.
+      arrays, width: as for `inner_products`.
+      out: such a function for the result.
+      pool: tiles of shared memory.
+      ring: (first, number) of those for what is in flight, at least two.
+      leaving: (first, number) of those that results leave by.
+      arrived: gives one barrier for each number in the ring, for one copy.
+
+    Returns:
+      (start, finish); start takes from which to which tile of the ring to ask for, all unless told.
     """
+    (first_tile, ring), (first_leaving, leaving) = ring, leaving
+    num_steps = width // SIZE
+    total = num_steps * len(tiles)
+    at_once = ring >= 2 * len(tiles)  # the tiles of the next steps are asked for together: fewer barriers
 
-    def columns(step):
-        return pl.ds(step * SIZE, SIZE)
+    def request(step, i, slot):
+        plgpu.copy_gmem_to_smem(arrays[i](_channels(step)), pool.at[first_tile + slot], arrived(slot))
 
-    def request(number):
-        step, i = divmod(number, len(tiles))
-        if step < num_steps:
-            slot = number % STAGES
-            plgpu.copy_gmem_to_smem(wide[i](columns(step)), work[slot], arrived[f"columns{slot}"])
+    def request_later(step, i):
+        """The tile that comes `ring` tiles after tile i of a step."""
+        steps, later = divmod(i + ring, len(tiles))
+        slot = lax.rem(step * len(tiles) + i, ring)
+        pl.when(step + steps < num_steps)(lambda: request(step + steps, later, slot))
 
-    def one_step(step):
+    def start(first=0, last=ring):
+        for number in range(first, min(last, total)):
+            request(*divmod(number, len(tiles)), number)
+
+    def one_step(step, _):
         def accumulate(acc):
             for i, tile in enumerate(tiles):
-                number = step * len(tiles) + i
-                slot = number % STAGES
-                plgpu.barrier_wait(arrived[f"columns{slot}"])
-                plgpu.wgmma(acc, tile, work[slot])
-                plgpu.wgmma_wait(0)
-                request(number + STAGES)
+                slot = lax.rem(step * len(tiles) + i, ring)
+                plgpu.barrier_wait(arrived(slot))
+                plgpu.wgmma(acc, tile, pool.at[first_tile + slot])
+                if i and not at_once:
+                    plgpu.wgmma_wait(1)
+                    plgpu.commit_smem()
+                    request_later(step, i - 1)
             return acc[...]
 
-        return pl.run_scoped(accumulate, plgpu.ACC(SQUARE, jnp.float32))
-
-    for number in range(STAGES):
-        request(number)
-    for step in range(num_steps):
-        result, leaving = one_step(step), work[STAGES]
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        leaving[...] = result.astype(leaving.dtype)
+        result = pl.run_scoped(accumulate, plgpu.ACC(SQUARE, jnp.float32))
+        tile = pool.at[first_leaving + lax.rem(step, leaving)]
+        plgpu.wait_smem_to_gmem(leaving - 1, wait_read_only=True)
+        for i in range(0 if at_once else len(tiles) - 1, len(tiles)):
+            request_later(step, i)
+        tile[...] = result.astype(tile.dtype)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(leaving, out(columns(step)))
+        plgpu.copy_smem_to_gmem(tile, out(_channels(step)))
+
+    def finish():
+        lax.fori_loop(0, num_steps, one_step, None)
+
+    return start, finish

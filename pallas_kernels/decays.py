@@ -1,16 +1,25 @@
-"""Forget gates inside a chunk, by halving.
+"""Forget gates inside a chunk: what is left at token i of what token j wrote, as matrix products.
 
-As in `gsa_jax.ops.chunked`: a chunk of 64 tokens is halved again and again; the pair of tokens j < i parts at exactly
-one level, where j is in the earlier and i in the later half of one block, and the product of the gates between them is
+    D_ij = prod(a[j+1..i])                                                            for j <= i
+
+Mild gates leave a chunk in one step. With G_i, the sum of the chunk's log decays through token i,
+
+    D_ij = exp(G_i) · exp(-G_j),
+
+a row's factor times a column's. Neither leaves the range of bfloat16, and a sum of so few and small logarithms is exact
+in float32. A chunk is mild where each slot's log decays sum up to no less than -1 a token.
+
+Other gates go by halving, as in `gsa_jax.ops.chunked`: a chunk of 64 tokens is halved again and again; the pair j < i
+parts at exactly one level, where j is in the earlier and i in the later half of one block, and
 
     D_ij = prod(a[border..i]) · prod(a[j+1..border-1]),
 
-a row's factor times a column's, both in [0, 1]. The logarithms of a level's factors are one product of a constant
-matrix of zeros and ones, the level's window, with the log decays: no difference is ever taken, so that any decay is
-exact. The windows are among the constant tiles that all warpgroups of a block share; so is the tile that says at which
-level each pair parts, which masks scores in two-byte arithmetic, two numbers an instruction.
+both in [0, 1]. The logarithms of a level's factors are one product of a matrix of zeros and ones, the level's window,
+with the log decays: no difference is ever taken, so that any decay is exact.
 """
 
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -21,24 +30,44 @@ LEVELS = 6
 """of halves of 32, 16, 8, 4, 2 and 1 tokens"""
 STRONGEST = -80.0
 """Log decays are clamped here: exp(-80) = 2e-35 does not show beside anything in float32."""
-PARTING, WINDOWS, THROUGH, AFTER = 0, 1, 1 + LEVELS, 2 + LEVELS
-"""where the constant tiles are"""
+MILDEST_RATE = -1.0
+"""a token's log decay, on the average of a chunk, with which it still counts as mild"""
+LOG2_E = np.log2(np.e)
+THROUGH, AFTER = 0, 1
+"""the constant tiles: windows [i, j] of the tokens j through i, and of those after i"""
 
 
-def constant_tiles(dtype, mirrored=False):
-    """[9, SIZE, SIZE]: the level at which the tokens j < i part, the levels' windows, `THROUGH`'s, `AFTER`'s.
-
-    With `mirrored` the first tile holds also for j > i.
-    """
+def constant_tiles(dtype):
+    """[2, SIZE, SIZE]: the windows `THROUGH` and `AFTER`."""
     i, j = np.indices(SQUARE)
-    parting = np.full(SQUARE, 2 * LEVELS)
+    return jnp.asarray(np.stack([j <= i, j > i]), dtype)
+
+
+def level_tiles(dtype):
+    """[7, SIZE, SIZE]: the levels' windows, and the level at which j < i part (6 for j = i, 12 for j > i)."""
+    i, j = np.indices(SQUARE)
+    parting = np.where(i == j, LEVELS, 2 * LEVELS)
     windows = []
     for index in range(LEVELS):
         half = SIZE >> (index + 1)
         later, same_half = i & half > 0, i // half == j // half
         windows.append(same_half & np.where(later, j <= i, j > i))
-        parting[(i // (2 * half) == j // (2 * half)) & ~same_half & ((j < i) | mirrored)] = index
-    return jnp.asarray(np.stack([parting, *windows, j <= i, j > i]), dtype)
+        parting[(i // (2 * half) == j // (2 * half)) & ~same_half & (j < i)] = index
+    return jnp.asarray(np.stack([*windows, parting]), dtype)
+
+
+def are_mild(kept, length, dtype):
+    """Which blocks of 64 slots of a chunk have mild gates: int32 [B, G, N, M/64].
+
+    Args:
+      kept: [B, G, N, M] float32, the product of each chunk's gates.
+      length: T, tokens of all chunks.
+      dtype: of the factors: float16 holds exp(-8) to full precision, but not exp(-64).
+    """
+    most = SIZE if dtype == jnp.bfloat16 else 8
+    tokens = np.minimum(length - SIZE * np.arange(kept.shape[2]), most)
+    blocks = kept.reshape(*kept.shape[:3], -1, SIZE).min(-1)
+    return (blocks >= jnp.exp(MILDEST_RATE * tokens.astype(np.float32))[:, None]).astype(jnp.int32)
 
 
 def num_parts(log_decay_dtype, dtype):
@@ -53,70 +82,150 @@ def log_decay(parts):
 
 def write_strength(log_decay):
     """1 - exp(log_decay), without cancellation for gates close to one."""
-    series = -log_decay * (1 + log_decay * (1 / 2 + log_decay * (1 / 6)))
-    return jnp.where(log_decay > -0.03, series, 1 - jnp.exp(log_decay))
+    return jnp.where(log_decay > -0.01, -log_decay * (1 + log_decay / 2), 1 - jnp.exp(log_decay))
+
+
+def window_sum(window, parts):
+    """The sum of the log decays in each token's window, float32: of the tokens j where window [i, j] is 1."""
+    return product(*((window, part) for part in parts))
 
 
 def gates_product(window, parts):
-    """The product of the gates in each token's window, float32: of the tokens j where window [i, j] is 1.
+    """The product of the gates in each token's window, float32."""
+    return jnp.exp(window_sum(window, parts))
 
-    Of `THROUGH`'s window it is the product from the chunk's start through the token, of `AFTER`'s that after the token
-    until the chunk's end, of a level's the factors of its rows in later halves and of its columns in earlier halves.
+
+def causal(scores, window, dtype):
+    """A_ij where j <= i, else 0: in `dtype` from float32 registers and the tile `THROUGH`'s."""
+    if dtype == jnp.bfloat16:
+        scores = scores.astype(dtype)  # two numbers an instruction; float16 might overflow where j > i
+    return (scores * load(window, scores.dtype)).astype(dtype)
+
+
+class Pairs:
+    """The pairs of tokens of one chunk and 64 slots, for sums with w_jm D_ijm.
+
+    Attributes:
+      through: prod(a[first..i]) at token i, float32 in registers.
     """
-    return jnp.exp(product(*((window, part) for part in parts)))
+
+    def __init__(self, mild, levels, write, constants, *, derived):
+        """
+        Args:
+          mild: whether the chunk is, a scalar.
+          levels: a `Levels`, whose tiles are free whenever sums are formed, unless the chunk is mild.
+          write: a tile that holds w, or that is free if `derived`; from now on it belongs to this object.
+          constants: `constant_tiles`.
+          derived: whether w is 1 - exp(log decay).
+        """
+        self.mild, self.levels, self.write, self.window = mild, levels, write, constants.at[THROUGH]
+        cumulative = LOG2_E * window_sum(self.window, levels.parts)
+        self.through = jnp.exp2(cumulative)
+        strength = write_strength(log_decay(levels.parts)) if derived else load(write)
+        strength = lax.cond(mild, lambda: strength * jnp.exp2(-cumulative), lambda: strength)
+        write[...] = strength.astype(write.dtype)
+        plgpu.commit_smem()
+
+    def sums(self, scores):
+        """Σ_{j<=i} A_ij w_jm D_ijm: float32 [SIZE, SIZE] from a tile that holds A_ij for j <= i, else 0."""
+
+        def at_once():
+            return self.through * product((scores, self.write))
+
+        return lax.cond(self.mild, at_once, lambda: self.levels.sums(scores, self.write))
+
+    def scores(self, p):
+        """Σ_m p_im w_jm D_ijm for j <= i, anything finite else: float32 [SIZE, SIZE] from p in registers."""
+
+        def at_once():
+            reading = (p * self.through).astype(self.write.dtype)
+            return product((reading, transposed(self.write)))
+
+        return lax.cond(self.mild, at_once, lambda: self.levels.scores(p, self.write))
+
+    def causal(self, scores):
+        """A_ij where j <= i, else 0: two-byte, from float32 in registers."""
+        return causal(scores, self.window, self.write.dtype)
+
+
+class Levels:
+    """The six levels of one chunk, for any gates; slower than all pairs at once."""
+
+    NUM_TILES = 5
+    """of shared memory to work in"""
+    ARRIVALS = {"parting": 1, "window": 1}
+    """barriers"""
+
+    def __init__(self, tiles_ref, parts, pool, first, arrived):
+        """
+        Args:
+          tiles_ref: reference to `level_tiles` in memory, from where they come one by one.
+          parts: of the log decays, tiles.
+          pool, first: `NUM_TILES` tiles to work in from that number on.
+          arrived: barriers, those of `ARRIVALS` among them.
+        """
+        self.tiles_ref, self.parts, self.arrived = tiles_ref, parts, arrived
+        self.free, self.parting = (pool.at[first], pool.at[first + 1]), pool.at[first + 2]
+        self.window = lambda index: pool.at[first + 3 + lax.rem(index, 2)]
+
+    def fold(self, body, initial):
+        """Folds `result = body(index, factor, result)` over the levels: a loop: unrolled, they don't fit registers.
+
+        `factor` are those of a level's rows in later halves and of its columns in earlier ones, float32 in registers.
+        Two tiles, `free`, are the body's.
+        """
+
+        def request(index):
+            plgpu.copy_gmem_to_smem(self.tiles_ref.at[index], self.window(index), self.arrived["window"])
+
+        def one_level(index, result):
+            plgpu.commit_smem()
+            plgpu.barrier_wait(self.arrived["window"])
+            pl.when(index + 1 < LEVELS)(lambda: request(index + 1))
+            return body(index, gates_product(self.window(index), self.parts), result)
+
+        plgpu.commit_smem()
+        plgpu.copy_gmem_to_smem(self.tiles_ref.at[LEVELS], self.parting, self.arrived["parting"])
+        request(jnp.int32(0))
+        plgpu.barrier_wait(self.arrived["parting"])
+        return lax.fori_loop(0, LEVELS, one_level, initial)
+
+    def at(self, index, scores):
+        """A_ij of the pairs j < i that part at a level, A_ii at level `LEVELS`, else 0; scores in registers."""
+        distance = load(self.parting, scores.dtype) - jnp.asarray(index, scores.dtype)
+        return scores - scores * jnp.minimum(distance * distance, jnp.ones((), scores.dtype))
+
+    def own(self, scores):
+        """A_ii, along rows."""
+        return along_rows(self.at(LEVELS, scores).sum(axis=1))
+
+    def sums(self, scores, write):
+        """Σ_{j<=i} A_ij w_jm D_ijm: float32 [SIZE, SIZE] from tiles that hold A and w."""
+        factors, across = self.free
+
+        def add(index, factor, result):
+            factors[...] = jnp.where(in_later_half(index), factor, load(write) * factor).astype(factors.dtype)
+            across[...] = self.at(index, load(scores, scores.dtype))
+            plgpu.commit_smem()
+            return result + factor * product((across, factors))
+
+        result = self.fold(add, jnp.zeros(SQUARE, jnp.float32))
+        return result + self.own(load(scores)) * load(write)
+
+    def scores(self, p, write):
+        """Σ_m p_im w_jm D_ijm for j <= i, else 0: float32 [SIZE, SIZE] from p in registers and a tile that holds w."""
+        factors, _ = self.free
+
+        def add(index, factor, result):
+            factors[...] = jnp.where(in_later_half(index), factor, load(write) * factor).astype(factors.dtype)
+            plgpu.commit_smem()
+            return result + self.at(index, product(((p * factor).astype(factors.dtype), transposed(factors))))
+
+        result = self.fold(add, jnp.zeros(SQUARE, jnp.float32))
+        return result + self.at(LEVELS, along_rows((p * load(write)).sum(axis=1)))
 
 
 def in_later_half(index):
+    """Which rows are in later halves of a level, [SIZE, SIZE]."""
     i, _ = row_and_column()
     return (i & lax.shift_right_logical(SIZE // 2, index)) > 0
-
-
-def at_level(index, constants, x):
-    """x_ij of the pairs that part at a level, else 0; x in two-byte registers."""
-    distance = load(constants.at[PARTING], x.dtype) - lax.convert_element_type(index, x.dtype)
-    return x - x * jnp.minimum(distance * distance, jnp.ones((), x.dtype))
-
-
-def each_level(body, initial):
-    """Folds `result = body(level, result)` over the levels; a loop, since unrolled levels don't fit registers."""
-    return lax.fori_loop(0, LEVELS, body, initial)
-
-
-def store_factors(factors, constants, parts, write):
-    """Leaves each level's factors in shared memory [levels, SIZE, SIZE], those of earlier halves times the write."""
-
-    def store(index, _):
-        factor = gates_product(constants.at[WINDOWS + index], parts)
-        factors[index] = jnp.where(in_later_half(index), factor, write * factor).astype(factors.dtype)
-
-    each_level(store, None)
-
-
-def own(scores):
-    """A_ii: [SIZE] of scores in registers."""
-    i, j = row_and_column()
-    return jnp.where(i == j, scores, 0.0).sum(axis=1)
-
-
-def sums(own, scores, factors, constants, write, initial):
-    """initial + Σ_{j<=i} A_ij w_jm D_ijm: float32 [SIZE, SIZE] from A_ii, A in two-byte registers, factors and w."""
-
-    def add(index, result):
-        across = at_level(index, constants, scores)
-        return result + load(factors.at[index]) * product((across, factors.at[index]))
-
-    return each_level(add, initial + along_rows(own) * write)
-
-
-def scores(p, factors, constants, write):
-    """Σ_m p_im w_jm D_ijm for j <= i, else 0: two-byte [SIZE, SIZE] from p in float32 registers, factors and w."""
-    dtype = factors.dtype
-    i, j = row_and_column()
-    own = along_rows((p * write).sum(axis=1)).astype(dtype)
-    p = p.astype(dtype)
-
-    def add(index, result):
-        across = product((p * load(factors.at[index], dtype), transposed(factors.at[index])))
-        return result + at_level(index, constants, across.astype(dtype))
-
-    return jnp.where(i == j, own, each_level(add, jnp.zeros_like(p)))

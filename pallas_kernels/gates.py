@@ -18,52 +18,59 @@ def chunk_gates(log_decay, write, dtype, interpret=None):
       dtype: of the products that follow.
 
     Returns:
-      parts [P, B, T, G, M] in `dtype`, whose sum is the log decay, clamped; P as `decays.num_parts`
+      parts [P, B, T, G, M] in `dtype`, whose sum is the log decay, clamped; P = `decays.num_parts`
       the write key at its chunk's end, w ⊙ prod(gates after the token), [B, T, G, M] in `dtype`
       the product of each chunk's gates, [B, G, N, M] in float32
+      which chunks' gates are mild, [B, G, N, M / 64], from `decays.are_mild`
     """
     num_parts = decays.num_parts(log_decay.dtype, dtype)
-    log_decay = jnp.maximum(log_decay, decays.STRONGEST)
-    high = log_decay.astype(dtype)
-    parts = jnp.stack([high, (log_decay - high.astype(log_decay.dtype)).astype(dtype)][:num_parts])
+    if num_parts == 2:
+        log_decay = log_decay.astype(jnp.float32)
     batch_size, length, num_groups, num_slots = log_decay.shape
     num_chunks, num_blocks = pl.cdiv(length, SIZE), num_slots // SIZE
-    operands = (parts,) if write is None else (parts, write)
+    operands = (log_decay,) if write is None else (log_decay, write)
 
-    def body(chunk, pool, constants, arrived, kept, parts_ref, *refs):
-        *write_refs, key_ref, kept_ref = refs
+    def body(chunk, pool, constants, arrived, kept, wide, log_decay_ref, *refs):
+        *write_refs, parts_ref, key_ref, kept_ref = refs
         b, gm, n = chunk
         g, slots = lax.div(gm, num_blocks), pl.ds(lax.rem(gm, num_blocks) * SIZE, SIZE)
         here = (b, pl.ds(n * SIZE, SIZE), g, slots)
         ones, key, write, *parts = (pool.at[i] for i in range(3 + num_parts))
-        for i, part in enumerate(parts):
-            plgpu.copy_gmem_to_smem(parts_ref.at[(i, *here)], part, arrived["all"])
+        kept, given = kept.at[0], parts[0] if num_parts == 1 else wide
+        plgpu.copy_gmem_to_smem(log_decay_ref.at[here], given, arrived["all"])
         for ref in write_refs:
             plgpu.copy_gmem_to_smem(ref.at[here], write, arrived["all"])
         plgpu.barrier_wait(arrived["all"])
-        log_decay = decays.log_decay(parts)
-        strength = tiles.load(write) if write_refs else decays.write_strength(log_decay)
-        key[...] = (strength * decays.gates_product(constants.at[0], parts)).astype(dtype)
+        rest = log_decay = jnp.maximum(tiles.load(given), decays.STRONGEST)
+        for part in parts:
+            part[...] = rest.astype(dtype)
+            rest -= rest.astype(dtype).astype(jnp.float32)
         ones[...] = jnp.ones_like(log_decay).astype(dtype)
         plgpu.commit_smem()
+        for i, part in enumerate(parts):
+            plgpu.copy_smem_to_gmem(part, parts_ref.at[(i, *here)])
+        strength = tiles.load(write) if write_refs else decays.write_strength(log_decay)
+        key[...] = (strength * decays.gates_product(constants.at[decays.AFTER], parts)).astype(dtype)
         # A product with ones, since sums over the rows of a tile would go through memory that warpgroups share.
         total = tiles.product(*((tiles.transposed(part), ones) for part in parts))
-        kept[0] = jnp.exp(total.max(axis=1))
+        kept[...] = jnp.exp(total.max(axis=1))
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(key, key_ref.at[here])
-        plgpu.copy_smem_to_gmem(kept.at[0], kept_ref.at[b, g, n, slots])
+        plgpu.copy_smem_to_gmem(kept, kept_ref.at[b, g, n, slots])
 
-    key, kept = tiles.chunk_kernel(
+    parts, key, kept = tiles.chunk_kernel(
         "chunk_gates",
         body,
+        ((num_parts, *log_decay.shape), dtype),
         (log_decay.shape, dtype),
         ((batch_size, num_groups, num_chunks, num_slots), jnp.float32),
         shape=(batch_size, num_groups * num_blocks, num_chunks),
         dtype=dtype,
         tiles=3 + num_parts,
-        constants=1,
+        constants=2,
         vectors=1,
-        arrivals={"all": num_parts + (write is not None)},
+        wide=num_parts == 2,
+        arrivals={"all": 1 + (write is not None)},
         interpret=interpret,
-    )(decays.constant_tiles(dtype)[decays.AFTER :], *operands)
-    return parts, key, kept
+    )(decays.constant_tiles(dtype), *operands)
+    return parts, key, kept, decays.are_mild(kept, length, dtype)

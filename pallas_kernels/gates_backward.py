@@ -8,19 +8,23 @@ from jax import lax
 from pallas_kernels import decays, tiles
 from pallas_kernels.tiles import SIZE
 
-SCORES, DY, WORK, PARTS = 0, 2, 4, 7
-"""scratch tiles: of the reads, of intermediate results, of the log decays"""
+SCORES, DY, WORK, WRITE, PARTS = 0, 2, 4, 10, 11
+"""scratch tiles: of the reads, of intermediate results, of the write key, of the log decays"""
 
 
-def gates_backward(reads, parts, write, d_key, d_kept, *, out_dtype, interpret=None):
+def gates_backward(reads, parts, mild, write, d_key, d_kept, *, out_dtype, interpret=None):
     """Gradients of the log decays and of the write strengths, from two reads of states written with the same gates.
 
     Each read is y_i = prod(a[first..i]) ⊙ H x_i + Σ_{j<=i} A_ij w_j ⊙ D_ij, and dy its gradient. Every factor in it is
     the exponential of a sum of log decays: here the gradients of these sums are formed and added up over time.
 
+    Where gates are mild, a pair pulls at G_i with the very number that it pulls with at -G_j, since both are products
+    of the same rounded factors. So what cancels in the sum over time does so to float32's precision; the sum takes two
+    two-byte parts.
+
     Args:
-      reads: two of (A [B, T, H, 64] by the tokens of the chunk, prod(a) ⊙ H x [B, T, H, 64], dy [B, T, H, 64]).
-      parts: [P, B, T, G, 64], log decays from `gates.chunk_gates`.
+      reads: two of (A, for j <= i and by the tokens of the chunk, prod(a) ⊙ H x, dy), [B, T, H, 64] each.
+      parts, mild: [P, B, T, G, 64] and [B, G, N, 1], log decays from `gates.chunk_gates`.
       write: [B, T, G, 64], or None for 1 - exp(log decay), whose gradient then is in that of the log decays.
       d_key: [B, T, H, 64], gradient of the write key at its chunk's end.
       d_kept: [B, H, N, 64] float32, gradient of the sum of a chunk's log decays through the states between chunks.
@@ -33,27 +37,29 @@ def gates_backward(reads, parts, write, d_key, d_kept, *, out_dtype, interpret=N
     num_parts, num_groups = parts.shape[0], parts.shape[3]
     num_outputs, given = decays.num_parts(out_dtype, d_key.dtype), write is not None
     (scores, before, dy), dtype = zip(*reads, strict=True), d_key.dtype
-    operands = [*scores, *dy, *before, d_key, parts, d_kept] + [write] * given
-    WRITE = PARTS + num_parts
+    operands = [*scores, *dy, *before, d_key, decays.level_tiles(dtype), mild, parts, d_kept] + [write] * given
 
     def body(chunk, pool, constants, arrived, kept, *refs):
-        per_head, (parts_ref, d_kept_ref, *write_refs) = refs[:7], refs[7 : len(operands)]
+        per_head, (levels_ref, mild_ref, parts_ref, d_kept_ref, *write_refs) = refs[:7], refs[7 : len(operands)]
         d_log_decay_refs, d_write_refs = refs[len(operands) :][:num_outputs], refs[len(operands) + num_outputs :]
         b, h, n = chunk
         g, tokens = lax.div(h, num_heads // num_groups), pl.ds(n * SIZE, SIZE)
-        parts = [pool.at[PARTS + i] for i in range(num_parts)]
-        factors, across, later = (pool.at[WORK + i] for i in range(3))
+        parts, written = [pool.at[PARTS + i] for i in range(num_parts)], pool.at[WRITE]
+        work = [pool.at[WORK + i] for i in (3, 1, 2, 0)]
+        levels = decays.Levels(levels_ref, parts, pool, WORK + 1 + mild_ref[b, g, n, 0], arrived)
         for i, ref in enumerate(per_head):
             plgpu.copy_gmem_to_smem(ref.at[b, tokens, h], pool.at[i], arrived["all"])
         for i, part in enumerate(parts):
             plgpu.copy_gmem_to_smem(parts_ref.at[i, b, tokens, g], part, arrived["all"])
         plgpu.copy_gmem_to_smem(d_kept_ref.at[b, h, n], kept.at[0], arrived["all"])
         for ref in write_refs:
-            plgpu.copy_gmem_to_smem(ref.at[b, tokens, g], pool.at[WRITE], arrived["all"])
+            plgpu.copy_gmem_to_smem(ref.at[b, tokens, g], written, arrived["all"])
+        mild = mild_ref[b, g, n, 0] > 0
         plgpu.barrier_wait(arrived["all"])
 
-        # The gates since the chunk's start, in what is read of the state before, and until its end, in the write key.
-        strength = tiles.load(pool.at[WRITE]) if given else decays.write_strength(decays.log_decay(parts))
+        # The gates until the chunk's end, in the write key, and since its start, in what is read of the state before.
+        strength = tiles.load(written) if given else decays.write_strength(decays.log_decay(parts))
+        written[...] = strength.astype(dtype)
         d_write = decays.gates_product(constants.at[decays.AFTER], parts) * tiles.load(pool.at[WORK + 2])
         since_start = sum(tiles.load(pool.at[WORK + r]) * tiles.load(pool.at[DY + r]) for r in range(2))
         pool[WORK], pool[WORK + 2] = since_start.astype(dtype), (strength * d_write).astype(dtype)
@@ -62,31 +68,15 @@ def gates_backward(reads, parts, write, d_key, d_kept, *, out_dtype, interpret=N
             (tiles.transposed(constants.at[decays.THROUGH]), pool.at[WORK]),
             (tiles.transposed(constants.at[decays.AFTER]), pool.at[WORK + 2]),
         )
-        for r in range(2):
-            own = decays.own(tiles.load(pool.at[SCORES + r]))
-            d_write += tiles.along_rows(own) * tiles.load(pool.at[DY + r])
-        strength = strength.astype(dtype)
 
-        def one_level(index, carry):
-            d_log_decay, d_write = carry
-            window = constants.at[decays.WINDOWS + index]
-            factor = decays.gates_product(window, parts)
-            in_later_half = decays.in_later_half(index)
-            factors[...] = jnp.where(in_later_half, factor, strength.astype(jnp.float32) * factor).astype(dtype)
-            d_later, d_earlier = 0.0, 0.0
-            for r in range(2):
-                parting = decays.at_level(index, constants, tiles.load(pool.at[SCORES + r], dtype))
-                across[...] = parting
-                later[...] = factor.astype(dtype) * tiles.load(pool.at[DY + r], dtype)
-                plgpu.commit_smem()
-                d_later += tiles.load(pool.at[DY + r]) * tiles.product((parting, factors))
-                d_earlier += tiles.product((tiles.transposed(across), later))
-            # d_later is zero in earlier halves, d_earlier in later ones.
-            across[...] = (tiles.load(factors) * (d_later + d_earlier)).astype(dtype)
-            plgpu.commit_smem()
-            return d_log_decay + tiles.product((tiles.transposed(window), across)), d_write + factor * d_earlier
+        def reads(r):
+            return pool.at[SCORES + r], pool.at[DY + r]
 
-        d_log_decay, d_write = decays.each_level(one_level, (d_log_decay, d_write))
+        d_log_decay, d_write = lax.cond(
+            mild,
+            lambda: of_pairs(reads, parts, written, constants.at[decays.THROUGH], work, d_log_decay, d_write),
+            lambda: of_pairs_by_halving(reads, levels, written, pool.at[WORK], d_log_decay, d_write),
+        )
         d_log_decay += tiles.along_columns(plgpu.load(kept.at[0], layout=tiles.COLUMNS))
         if not given:
             d_log_decay -= jnp.exp(decays.log_decay(parts)) * d_write
@@ -106,11 +96,65 @@ def gates_backward(reads, parts, write, d_key, d_kept, *, out_dtype, interpret=N
         *[((batch_size, length, num_heads, SIZE), dtype)] * (num_outputs + given),
         shape=(batch_size, num_heads, d_kept.shape[2]),
         dtype=dtype,
-        tiles=WRITE + given,
-        constants=decays.AFTER + 1,
+        tiles=PARTS + num_parts,
+        constants=2,
         vectors=1,
-        arrivals={"all": 8 + num_parts + given},
+        arrivals={"all": 8 + num_parts + given, **decays.Levels.ARRIVALS},
         interpret=interpret,
     )(decays.constant_tiles(dtype), *operands)
     d_log_decay = sum(part.astype(out_dtype) for part in outputs[:num_outputs])
     return d_log_decay, *outputs[num_outputs:]
+
+
+def of_pairs(reads, parts, write, through, work, d_log_decay, d_write):
+    """Adds to the gradients of log decays and write strengths what comes from the pairs of tokens; for mild gates."""
+    (later, factors, high, low), dtype = work, write.dtype
+    cumulative = decays.window_sum(through, parts)
+    since, back = jnp.exp(cumulative), jnp.exp(-cumulative)
+    factors[...] = (tiles.load(write) * back).astype(dtype)
+
+    def one_read(r, carry):
+        d_later, d_earlier = carry
+        scores, dy = reads(r)
+        later[...] = (tiles.load(dy) * since).astype(dtype)
+        plgpu.commit_smem()
+        d_later += tiles.load(later) * tiles.product((scores, factors))
+        d_earlier += tiles.product((tiles.transposed(scores), later))
+        plgpu.commit_smem()
+        return d_later, d_earlier
+
+    zeros = jnp.zeros(tiles.SQUARE, jnp.float32)
+    d_later, d_earlier = lax.fori_loop(0, 2, one_read, (zeros, zeros))
+    d_write += back * d_earlier
+    change = d_later - tiles.load(factors) * d_earlier
+    high[...] = change.astype(dtype)
+    low[...] = (change - change.astype(dtype).astype(jnp.float32)).astype(dtype)
+    plgpu.commit_smem()
+    return d_log_decay + tiles.product(*((tiles.transposed(through), part) for part in (high, low))), d_write
+
+
+def of_pairs_by_halving(reads, levels, write, later, d_log_decay, d_write):
+    """As `of_pairs`, for any gates."""
+    (across, factors), dtype = levels.free, write.dtype
+
+    def one_level(index, factor, carry):
+        d_log_decay, d_write = carry
+        factors[...] = jnp.where(decays.in_later_half(index), factor, tiles.load(write) * factor).astype(dtype)
+        d_later, d_earlier = 0.0, 0.0
+        for scores, dy in map(reads, range(2)):
+            across[...] = levels.at(index, tiles.load(scores, dtype))
+            later[...] = (factor * tiles.load(dy)).astype(dtype)
+            plgpu.commit_smem()
+            d_later += tiles.load(dy) * tiles.product((across, factors))
+            d_earlier += tiles.product((tiles.transposed(across), later))
+            plgpu.commit_smem()
+        # d_later is zero in earlier halves, d_earlier in later ones.
+        across[...] = (tiles.load(factors) * (d_later + d_earlier)).astype(dtype)
+        plgpu.commit_smem()
+        d_log_decay += tiles.product((tiles.transposed(levels.window(index)), across))
+        return d_log_decay, d_write + factor * d_earlier
+
+    d_log_decay, d_write = levels.fold(one_level, (d_log_decay, d_write))
+    for scores, dy in map(reads, range(2)):
+        d_write += levels.own(tiles.load(scores)) * tiles.load(dy)
+    return d_log_decay, d_write

@@ -44,15 +44,15 @@ def _attention(q, k, v, log_decay, state, scale):
 
 
 def _forward(q, k, v, log_decay, state, scale, residuals=True):
-    parts, key, kept = chunk_gates(jnp.broadcast_to(log_decay, k.shape), k, q.dtype)
+    parts, key, kept, mild = chunk_gates(jnp.broadcast_to(log_decay, k.shape), k, q.dtype)
     states, last = chunk_states(v, key, kept, state)
-    out, *read = linear_read(q, k, v, parts, states, scale=scale, residuals=residuals)
+    out, *read = linear_read(q, k, v, parts, mild, states, scale=scale, residuals=residuals)
     like_gates = jnp.zeros(log_decay.shape[-1], log_decay.dtype)
-    return (out, last), (q, k, v, like_gates, parts, key, kept, states, read)
+    return (out, last), (q, k, v, like_gates, (parts, key, kept, mild), states, read)
 
 
 def _backward(scale, saved, cotangents):
-    q, k, v, like_gates, parts, key, kept, states, (scores, reading) = saved
+    q, k, v, like_gates, (parts, key, kept, mild), states, (scores, reading) = saved
     d_out, d_last = cotangents
     per_head = q.shape[2] // k.shape[2]
     one_gate = like_gates.size == 1
@@ -64,7 +64,7 @@ def _backward(scale, saved, cotangents):
     d_kept = jnp.repeat(kept, per_head, axis=1) * dot.sum(3)
     dv = linear_write_backward(d_out, scores, key, d_states)
     dq, dk, d_log_decay = linear_read_backward(
-        d_out, q, k, v, parts, states, d_states, d_kept, scale=scale, out_dtype=gates_dtype
+        d_out, q, k, v, parts, mild, states, d_states, d_kept, scale=scale, out_dtype=gates_dtype
     )
     sum_heads = functools.partial(over_heads, per_head=per_head)
     d_log_decay = sum_heads(d_log_decay, 2)

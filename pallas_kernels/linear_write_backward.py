@@ -8,6 +8,9 @@ from jax import lax
 from pallas_kernels import columns, tiles
 from pallas_kernels.tiles import SIZE, SQUARE
 
+OUT = 4
+"""the scratch tile behind those of the loop over channels in flight"""
+
 
 def linear_write_backward(d_out, scores, key, d_states, interpret=None):
     """dv_j = Σ_{i>=j} S_ij do_i  +  dHᵀ key_j, [B, T, H, V].
@@ -25,7 +28,7 @@ def linear_write_backward(d_out, scores, key, d_states, interpret=None):
     def body(chunk, pool, _, arrived, d_out_ref, scores_ref, key_ref, d_states_ref, dv_ref):
         b, h, n = chunk
         g, tokens = lax.div(h, num_heads // num_groups), pl.ds(n * SIZE, SIZE)
-        left = [pool.at[columns.NUM_TILES + i] for i in range(1 + num_blocks)]
+        left = [pool.at[OUT + 1 + i] for i in range(1 + num_blocks)]
         blocks = [pl.ds(block * SIZE, SIZE) for block in range(num_blocks)]
         plgpu.copy_gmem_to_smem(scores_ref.at[b, tokens, h], left[0], arrived["left"])
         for block, tile in zip(blocks, left[1:], strict=True):
@@ -35,14 +38,18 @@ def linear_write_backward(d_out, scores, key, d_states, interpret=None):
         def rows_of_state(block):
             return lambda channels: d_states_ref.at[b, h, n, block, channels]
 
-        columns.add_products(
+        start, finish = columns.add_products(
             [tiles.transposed(left[0]), *left[1:]],
             [lambda channels: d_out_ref.at[b, tokens, h, channels], *map(rows_of_state, blocks)],
             lambda channels: dv_ref.at[b, tokens, h, channels],
-            value_size // SIZE,
-            [pool.at[i] for i in range(columns.NUM_TILES)],
-            arrived,
+            value_size,
+            pool,
+            (0, OUT),
+            (OUT, 1),
+            arrived["values"],
         )
+        start()
+        finish()
 
     (dv,) = tiles.chunk_kernel(
         "linear_write_backward",
@@ -50,9 +57,9 @@ def linear_write_backward(d_out, scores, key, d_states, interpret=None):
         ((batch_size, length, num_heads, value_size), dtype),
         shape=(batch_size, num_heads, d_states.shape[2]),
         dtype=dtype,
-        tiles=columns.NUM_TILES + 1 + num_blocks,
+        tiles=OUT + 2 + num_blocks,
         constants=0,
-        arrivals={"left": 1 + num_blocks, **columns.ARRIVALS},
+        arrivals={"left": 1 + num_blocks, "values": (OUT, 1)},
         interpret=interpret,
     )(jnp.zeros((1, *SQUARE), dtype), d_out, scores, key, d_states)
     return dv

@@ -49,16 +49,18 @@ def _attention(q, k, v, log_decay, write, keys, values, scale, num_slots):
 
 
 def _forward(q, k, v, log_decay, write, keys, values, scale, num_slots, residuals=True):
-    parts, key, kept = chunk_gates(log_decay, write, q.dtype)
+    parts, key, kept, mild = chunk_gates(log_decay, write, q.dtype)
     keys, last_keys = chunk_states(k, key, kept, keys)
     values, last_values = chunk_states(v, key, kept, values)
-    out, *read = slot_read(q, k, v, parts, write, keys, values, scale=scale, num_slots=num_slots, residuals=residuals)
-    gates = (jnp.zeros((), log_decay.dtype), write, parts, key, kept)
+    out, *read = slot_read(
+        q, k, v, parts, mild, write, keys, values, scale=scale, num_slots=num_slots, residuals=residuals
+    )
+    gates = (jnp.zeros((), log_decay.dtype), write, parts, key, kept, mild)
     return (out, last_keys, last_values), (q, k, v, gates, keys, values, read)
 
 
 def _backward(scale, num_slots, saved, cotangents):
-    q, k, v, (like_log_decay, write, parts, key, kept), keys, values, read = saved
+    q, k, v, (like_log_decay, write, parts, key, kept, mild), keys, values, read = saved
     d_out, d_last_keys, d_last_values = cotangents
     key_scores, value_scores, p, key_before = read
     num_groups = k.shape[2]
@@ -66,7 +68,7 @@ def _backward(scale, num_slots, saved, cotangents):
     gates_dtype = like_log_decay.dtype if per_head == 1 else jnp.float32
 
     dq, d_value_scores, d_value_before, ds, d_key_scores, key_reading, value_reading = slot_read_backward(
-        d_out, k, v, parts, write, keys, values, p, scale=scale
+        d_out, k, v, parts, mild, write, keys, values, p, scale=scale
     )
     d_keys, d_first_keys, keys_dot = chunk_states(
         q, key_reading, kept, to_first_head(d_last_keys, per_head), other=keys, reverse=True
@@ -79,6 +81,7 @@ def _backward(scale, num_slots, saved, cotangents):
     d_log_decay, *d_write = gates_backward(
         ((key_scores, key_before, ds), (d_value_scores, d_value_before, p)),
         parts,
+        mild,
         write,
         d_key,
         d_kept,

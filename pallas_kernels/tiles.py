@@ -87,7 +87,7 @@ def vary_alike(*arrays):
     ]
 
 
-def kernel(name, body, *outputs, grid, interpret=None, **threads):
+def kernel(name, body, *outputs, grid, interpret=None, auto_barriers=True, **threads):
     """`plgpu.kernel` over a grid given as a dictionary, slowest axis first; outputs as (shape, dtype)."""
     body.__name__ = name  # as profiles show it
 
@@ -98,7 +98,9 @@ def kernel(name, body, *outputs, grid, interpret=None, **threads):
             out_type=tuple(jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in outputs),
             grid=tuple(grid.values()),
             grid_names=tuple(grid),
-            compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=1024),
+            compiler_params=plgpu.CompilerParams(
+                approx_math=True, reduction_scratch_bytes=1024, unsafe_no_auto_barriers=not auto_barriers
+            ),
             interpret=interpret,
             **threads,
         )(*operands)
@@ -107,19 +109,24 @@ def kernel(name, body, *outputs, grid, interpret=None, **threads):
     return call
 
 
-def chunk_kernel(name, body, *outputs, shape, dtype, tiles, constants, arrivals, vectors=0, interpret=None):
+def chunk_kernel(name, body, *outputs, shape, dtype, tiles, constants, arrivals, vectors=0, wide=None, interpret=None):
     """A kernel whose every warpgroup does one chunk of one head after another.
 
     `body((b, h, n), pool, constants, arrived, *refs)` does chunk n of head h of batch entry b, with scratch tiles
     [tiles, SIZE, SIZE] of its own, constant tiles [constants, SIZE, SIZE] that all share, and its barriers by name.
-    Then come float32 numbers [vectors, SIZE] of its own, if any, and the references to operands and outputs. The first
-    operand is the array whose first tiles are the constant ones.
+    Then come float32 numbers [vectors, SIZE] of its own, if any, one float32 tile, or None without `wide`, unless that
+    is None, and the references to operands and outputs. The first operand is the array whose first tiles are the
+    constant ones.
+
+    Mosaic would put a barrier before and after every store and before every copy; here the body has them, three times
+    fewer. `plgpu.commit_smem` and `plgpu.wait_smem_to_gmem` are such: all threads of the warpgroup have come there. One
+    has to lie between a product that reads a tile of shared memory and the store or the copy that overwrites it.
 
     Args:
       outputs: (shape, dtype) each.
       shape: (batch size, number of heads, number of chunks).
       dtype: of the tiles.
-      arrivals: name -> how many copies a barrier waits for.
+      arrivals: name -> how many copies a barrier waits for, or (how many barriers there are of that name, the same).
     """
     total, (_, num_heads, num_chunks) = math.prod(shape), shape
     tile = math.prod(SQUARE) * jnp.dtype(dtype).itemsize
@@ -130,7 +137,7 @@ def chunk_kernel(name, body, *outputs, shape, dtype, tiles, constants, arrivals,
         warpgroup = lax.axis_index("warpgroup")
         first = lax.axis_index("block") * warpgroups + warpgroup
 
-        def scoped(pool, shared, vectors, barriers, arrived):
+        def scoped(pool, shared, vectors, wides, barriers, arrived):
             @pl.when(warpgroup == 0)
             def _():
                 for i in range(constants):
@@ -146,12 +153,13 @@ def chunk_kernel(name, body, *outputs, shape, dtype, tiles, constants, arrivals,
                     (lax.div(bh, num_heads), lax.rem(bh, num_heads), n),
                     pool.at[warpgroup],
                     shared,
-                    {name: ref.at[warpgroup] for name, ref in barriers.items()},
+                    {name: _own(barriers[name], warpgroup, n) for name, n in arrivals.items()},
                     *(() if vectors is None else (vectors.at[warpgroup],)),
+                    *(() if wide is None else (wides.at[warpgroup] if wide else None,)),
                     *refs,
                 )
                 # The next chunk's tiles go where threads may still read, and copies to memory too.
-                plgpu.wait_smem_to_gmem(0)
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 plgpu.commit_smem()
 
             steps = lax.div(total - first + blocks * warpgroups - 1, blocks * warpgroups)
@@ -162,7 +170,8 @@ def chunk_kernel(name, body, *outputs, shape, dtype, tiles, constants, arrivals,
             scratch((warpgroups, tiles, *SQUARE), dtype),
             scratch((constants, *SQUARE), dtype) if constants else None,
             scratch((warpgroups, vectors, SIZE)) if vectors else None,
-            {name: plgpu.Barrier(num_arrivals=n, num_barriers=warpgroups) for name, n in arrivals.items()},
+            scratch((warpgroups, *SQUARE)) if wide else None,
+            {name: _barriers(warpgroups, n) for name, n in arrivals.items()},
             plgpu.Barrier(num_arrivals=max(constants, 1)),
             collective_axes="warpgroup",
         )
@@ -174,5 +183,18 @@ def chunk_kernel(name, body, *outputs, shape, dtype, tiles, constants, arrivals,
         grid={"block": blocks},
         num_threads=warpgroups,
         thread_name="warpgroup",
+        auto_barriers=False,
         interpret=interpret,
     )
+
+
+def _barriers(warpgroups, arrivals):
+    count, copies = arrivals if isinstance(arrivals, tuple) else (1, arrivals)
+    return plgpu.Barrier(num_arrivals=copies, num_barriers=warpgroups * count)
+
+
+def _own(barriers, warpgroup, arrivals):
+    """A warpgroup's barrier of a name; of several, the function that gives them by number."""
+    if isinstance(arrivals, tuple):
+        return lambda number: barriers.at[warpgroup * arrivals[0] + number]
+    return barriers.at[warpgroup]

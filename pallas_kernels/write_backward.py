@@ -1,5 +1,7 @@
 """Gradients of what was written, keys and values, and of the write key at its chunk's end: all chunks side by side."""
 
+import functools
+
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
@@ -8,10 +10,10 @@ from jax import lax
 from pallas_kernels import tiles
 from pallas_kernels.tiles import SIZE, SQUARE
 
-STAGES = 2
-"""steps of the loops over channels that are in flight"""
-SCORES, KEY, OUT = range(3 * STAGES, 3 * STAGES + 3)
-"""scratch tiles behind those of the loops"""
+STAGES = 3
+"""steps of the loops over channels that are in flight, of three tiles each"""
+KEY, SCORES = 3 * STAGES, 3 * STAGES + 1
+"""scratch tiles behind those of the loops: the key, the scores of each memory, two for results"""
 
 
 def write_backward(memories, key, interpret=None):
@@ -30,57 +32,66 @@ def write_backward(memories, key, interpret=None):
     """
     batch_size, length, num_heads, _ = memories[0][1].shape
     num_groups, dtype = key.shape[2], key.dtype
-    steps = [(index, step) for index, (x, *_) in enumerate(memories) for step in range(x.shape[-1] // SIZE)]
+    num_steps = [x.shape[-1] // SIZE for x, *_ in memories]
     operands = [array for memory in memories for array in memory] + [key]
+    OUT = SCORES + len(memories)
 
     def body(chunk, pool, _, arrived, *refs):
-        inputs, (d_key_ref, *dx_refs) = refs[: len(operands)], refs[len(operands) :]
-        *memory_refs, key_ref = inputs
+        (*memory_refs, key_ref), (d_key_ref, *dx_refs) = refs[: len(operands)], refs[len(operands) :]
         memory_refs = [memory_refs[4 * index : 4 * index + 4] for index in range(len(memories))]
         b, h, n = chunk
         g, tokens = lax.div(h, num_heads // num_groups), pl.ds(n * SIZE, SIZE)
 
-        def request(number):
-            if number < len(steps):
-                (index, step), slot = steps[number], number % STAGES
-                x_ref, y_ref, _, state_ref = memory_refs[index]
-                columns, barrier = pl.ds(step * SIZE, SIZE), arrived[f"step{slot}"]
-                plgpu.copy_gmem_to_smem(x_ref.at[b, tokens, g, columns], pool.at[3 * slot], barrier)
-                plgpu.copy_gmem_to_smem(y_ref.at[b, tokens, h, columns], pool.at[3 * slot + 1], barrier)
-                plgpu.copy_gmem_to_smem(state_ref.at[b, h, n, :, columns], pool.at[3 * slot + 2], barrier)
+        def request(index, step, slot):
+            x_ref, y_ref, _, state_ref = memory_refs[index]
+            columns, barrier = pl.ds(step * SIZE, SIZE), arrived["step"](slot)
+            plgpu.copy_gmem_to_smem(x_ref.at[b, tokens, g, columns], pool.at[3 * slot], barrier)
+            plgpu.copy_gmem_to_smem(y_ref.at[b, tokens, h, columns], pool.at[3 * slot + 1], barrier)
+            plgpu.copy_gmem_to_smem(state_ref.at[b, h, n, :, columns], pool.at[3 * slot + 2], barrier)
+
+        def request_later(index, step, slot):
+            """The step that comes `STAGES` steps later, of the same memory or of the next."""
+            here = step + STAGES < num_steps[index]
+            pl.when(here)(lambda: request(index, step + STAGES, slot))
+            if index + 1 < len(memories):
+                there = step + STAGES - num_steps[index]
+                pl.when(~here & (there < num_steps[index + 1]))(lambda: request(index + 1, there, slot))
+
+        def leave(result, parity, ref):
+            tile = pool.at[OUT + parity]
+            tile[...] = result.astype(dtype)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(tile, ref)
 
         plgpu.copy_gmem_to_smem(key_ref.at[b, tokens, g], pool.at[KEY], arrived["key"])
-        for number in range(STAGES):
-            request(number)
+        for index, (_, _, scores_ref, _) in enumerate(memory_refs):
+            plgpu.copy_gmem_to_smem(scores_ref.at[b, tokens, h], pool.at[SCORES + index], arrived["scores"](index))
+        for number, (index, step) in enumerate(first_steps):
+            request(index, step, number)
+
+        def one_step(index, d_key, step, _):
+            number = sum(num_steps[:index]) + step
+            slot = lax.rem(number, STAGES)
+            x, y, d_state = (pool.at[3 * slot + i] for i in range(3))
+            plgpu.barrier_wait(arrived["step"](slot))
+            plgpu.wgmma(d_key, x, tiles.transposed(d_state))
+            dx = tiles.product((tiles.transposed(pool.at[SCORES + index]), y), (pool.at[KEY], d_state))
+            plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+            request_later(index, step, slot)
+            leave(dx, lax.rem(number, 2), dx_refs[index].at[b, tokens, h, pl.ds(step * SIZE, SIZE)])
 
         def accumulate(d_key):
-            for number, (index, step) in enumerate(steps):
-                slot = number % STAGES
-                if step == 0:
-                    scores_ref = memory_refs[index][2]
-                    plgpu.copy_gmem_to_smem(scores_ref.at[b, tokens, h], pool.at[SCORES], arrived["scores"])
-                    plgpu.barrier_wait(arrived["scores"])
-                if number == 0:
-                    plgpu.barrier_wait(arrived["key"])
-                plgpu.barrier_wait(arrived[f"step{slot}"])
-                plgpu.wgmma(d_key, pool.at[3 * slot], tiles.transposed(pool.at[3 * slot + 2]))
-                dx = tiles.product(
-                    (tiles.transposed(pool.at[SCORES]), pool.at[3 * slot + 1]), (pool.at[KEY], pool.at[3 * slot + 2])
-                )
-                plgpu.wgmma_wait(0)
-                request(number + STAGES)
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                pool[OUT] = dx.astype(dtype)
-                plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(pool.at[OUT], dx_refs[index].at[b, tokens, h, pl.ds(step * SIZE, SIZE)])
+            plgpu.barrier_wait(arrived["key"])
+            for index in range(len(memories)):
+                plgpu.barrier_wait(arrived["scores"](index))
+                lax.fori_loop(0, num_steps[index], functools.partial(one_step, index, d_key), None)
             return d_key[...]
 
         d_key = pl.run_scoped(accumulate, plgpu.ACC(SQUARE, jnp.float32))
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        pool[OUT] = d_key.astype(dtype)
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(pool.at[OUT], d_key_ref.at[b, tokens, h])
+        plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+        leave(d_key, sum(num_steps) % 2, d_key_ref.at[b, tokens, h])
 
+    first_steps = [(index, step) for index, steps in enumerate(num_steps) for step in range(steps)][:STAGES]
     return tiles.chunk_kernel(
         "write_backward",
         body,
@@ -88,8 +99,8 @@ def write_backward(memories, key, interpret=None):
         *[((batch_size, length, num_heads, x.shape[-1]), dtype) for x, *_ in memories],
         shape=(batch_size, num_heads, memories[0][3].shape[2]),
         dtype=dtype,
-        tiles=OUT + 1,
+        tiles=OUT + 2,
         constants=0,
-        arrivals={**{f"step{slot}": 3 for slot in range(STAGES)}, "scores": 1, "key": 1},
+        arrivals={"step": (STAGES, 3), "scores": (len(memories), 1), "key": 1},
         interpret=interpret,
     )(jnp.zeros((1, *SQUARE), dtype), *operands)

@@ -52,6 +52,7 @@ def test_every_script_has_a_test_below():
         "experiments.evaluate",
         "experiments.benchmarks.ops",
         "experiments.benchmarks.model",
+        "experiments.benchmarks.step",
         "experiments.mqar",
         "experiments.plan",
     }
@@ -73,9 +74,11 @@ def test_train_generate_evaluate_resume(tmp_path):
     assert (tmp_path / "runs/tiny/evaluation.png").stat().st_size > 10_000
 
 
-@pytest.mark.parametrize(
-    "script", ["language_model", "generate", "evaluate", "mqar", "plan", "benchmarks.ops", "benchmarks.peers"]
-)
+SCRIPTS = ["language_model", "generate", "evaluate", "mqar", "plan"]
+BENCHMARKS = ["ops", "model", "step", "peers"]
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, *(f"benchmarks.{name}" for name in BENCHMARKS)])
 def test_help_reads_well(script, tmp_path):
     finished = run([sys.executable, "-m", f"experiments.{script}", "--help"], tmp_path)
     assert finished.returncode == 0, finished.stderr

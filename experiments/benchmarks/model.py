@@ -2,8 +2,9 @@
 
 Training steps on random tokens by `gsa_jax.training`'s own step: tokens per second, MFU (six operations for every
 parameter that a token is multiplied with), peak memory, and the seconds from the start of the process to the end of the
-first step. Then decoding by `gsa_jax.generation`: milliseconds of a step after a prompt. Every case has a process of
-its own, so that its peak memory and its first step are its own.
+first step and of what comes before it. Then decoding by `gsa_jax.generation`: milliseconds of a step after a prompt.
+Every case has a process of its own, so that its peak memory and its first step are its own. What is measured is printed
+and written at once: a run that is cut short loses nothing, and --resume goes on with it.
 """
 
 import dataclasses
@@ -14,7 +15,6 @@ import re
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,13 +23,14 @@ import tyro
 from rich.console import Console
 
 from experiments.benchmarks import model_cases, peers
-from experiments.benchmarks.model_report import as_table, draw, remarks, title
-from experiments.benchmarks.timing import REFUSALS, attempt
+from experiments.benchmarks.model_report import as_table, describe, draw, name_case, remarks, title
+from experiments.benchmarks.timing import attempt
 from experiments.command_line import user_errors
 from gsa_jax.layers.checks import check_numbers
 from gsa_jax.models import ModelConfig, preset
 
-FAILURES = (*REFUSALS, BrokenProcessPool)
+SELECTION = ("cases", "decode_batches", "peers", "out", "resume")
+"""The settings that may differ between a run and the one that it resumes."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Config:
     preset: str = "gsa-1.3b"
     """The model: tiny, tiny-gla, ..., gsa-340m, gsa-1.3b, gsa-2.7b, gsa-7b, and the same sizes of the other mixers."""
     cases: tuple[str, ...] = ("8x2048", "4x4096", "2x8192", "1x16384")
-    """Training steps: rows x tokens of a row."""
+    """Training steps: rows x tokens of a row; none at all if nothing is named."""
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     """Of parameters, gradients and moments. Activations are bfloat16 on a GPU and float32 on a CPU in any case."""
     implementation: Literal["scan", "chunked", "pallas"] | None = None
@@ -47,22 +48,26 @@ class Config:
     remat: Literal["none", "dots", "full"] | None = None
     """What the backward pass recomputes of a block; the preset's own choice by default."""
     decode_batches: tuple[int, ...] = (1, 16)
-    """Decoding: rows."""
+    """Decoding: rows; none at all if nothing is named."""
     prompt: int = 2048
     """Tokens of the prompt."""
     decode_blocks: int = 8
     """Blocks of 16 tokens in a measurement of decoding."""
     repeats: int = 5
     """Measurements, of which the median counts."""
-    seconds: float = 2.0
+    seconds: float = 1.0
     """How long a measurement of training lasts at least: that many steps go back to back."""
     peers: Path | None = None
     """JSON file of a peer's numbers, recorded on such a device, to compare with."""
     out: Path | None = None
-    """JSON file to write, with a plot beside it."""
+    """JSON file to write anew after every case, with a plot beside it."""
+    resume: bool = False
+    """Keep what --out holds, from a run with these settings on such a device, and measure what it lacks."""
 
     def __post_init__(self):
         check_numbers(self)
+        if self.resume and not self.out:
+            raise ValueError("resume: there is nothing to go on with, expected the file of an earlier run in out")
 
     @property
     def model(self) -> ModelConfig:
@@ -73,35 +78,58 @@ class Config:
 
 def main(config: Config) -> dict[str, Any]:
     """Times, prints, writes; returns what is written."""
-    shapes = [parse(case) for case in config.cases]
     common = {"config": config.model, "param_dtype": config.param_dtype, "repeats": config.repeats}
     train = functools.partial(model_cases.train, **common, seconds=config.seconds)
-    decode = functools.partial(model_cases.decode, **common, prompt_length=config.prompt, blocks=config.decode_blocks)
+    decode = functools.partial(model_cases.decode, **common, blocks=config.decode_blocks)
+    cases = [("training", train, dict(zip(("batch", "length"), parse(case), strict=True))) for case in config.cases]
+    cases += [("decoding", decode, {"batch": batch, "prompt": config.prompt}) for batch in config.decode_batches]
 
     result = in_process(model_cases.about, config.model)
     result["settings"] = json.loads(json.dumps(dataclasses.asdict(config), default=str))
     result["peers"] = peers.read(config.peers, device=result["device"]) if config.peers else None
     result |= {"training": [], "decoding": []}
-    console = Console(width=120)
-    with console.status("") as status:
-        for batch_size, length in shapes:
-            status.update(f"training, {batch_size} x {length}")
-            start = time.time()
-            row = attempt(lambda shape=(batch_size, length): in_process(train, *shape), FAILURES)
-            if "first_step_at" in row:
-                row["first_step_seconds"] = row.pop("first_step_at") - start
-            result["training"].append({"batch": batch_size, "length": length} | row)
-        for batch_size in config.decode_batches:
-            status.update(f"decoding, {batch_size} rows")
-            row = attempt(lambda batch_size=batch_size: in_process(decode, batch_size), FAILURES)
-            result["decoding"].append({"batch": batch_size, "prompt": config.prompt} | row)
+    if config.resume and config.out.exists():
+        result |= measured_before(config.out, result)
+    for part, measure, case in cases:
+        if any(case.items() <= row.items() for row in result[part]):
+            continue
+        print(f"{name_case(part, case)}: ", end="", flush=True)
+        row = case | attempt(
+            lambda measure=measure, case=case: in_process(measure, **case, began=time.time()), Exception
+        )
+        print(describe(row), flush=True)
+        result[part].append(row)
+        if config.out:
+            write(result, config.out)
     tables = [as_table(result, part) for part in ("training", "decoding") if result[part]]
-    console.print(title(result), *tables, *remarks(result), sep="\n", highlight=False, markup=False)
-    if config.out:
-        config.out.parent.mkdir(parents=True, exist_ok=True)
-        config.out.write_text(json.dumps(result, indent=2) + "\n")
-        draw(result).savefig(config.out.with_suffix(".png"), dpi=150)
+    console = Console(width=120)
+    console.print("", title(result), *tables, *remarks(result), sep="\n", highlight=False, markup=False)
     return result
+
+
+def measured_before(file: Path, result: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """The rows that an earlier run left in `file`, without those that failed.
+
+    Raises:
+      ValueError: it was on another kind of device, with other versions or with other settings than `result`.
+    """
+    earlier = json.loads(file.read_text())
+    for record in (earlier, here := json.loads(json.dumps(result))):
+        for name in SELECTION:
+            record["settings"].pop(name)
+    for fact in ("device", "versions", "settings"):
+        if earlier[fact] != here[fact]:
+            raise ValueError(f"resume: {file} has the {fact} {earlier[fact]}, and here they are {here[fact]}")
+    return {part: [row for row in earlier[part] if "error" not in row] for part in ("training", "decoding")}
+
+
+def write(result: dict[str, Any], file: Path) -> None:
+    """Puts the result into `file`, in one go, and a plot of its training beside it."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(".partial")
+    partial.write_text(json.dumps(result, indent=2) + "\n")
+    partial.replace(file)
+    draw(result).savefig(file.with_suffix(".png"), dpi=150)
 
 
 def parse(case: str) -> tuple[int, int]:
@@ -112,10 +140,10 @@ def parse(case: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def in_process(function: Callable[..., dict[str, Any]], *arguments) -> dict[str, Any]:
+def in_process(function: Callable[..., dict[str, Any]], *arguments, **options) -> dict[str, Any]:
     """What `function` returns in a new process: this one leaves the devices to it."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
+        return pool.submit(function, *arguments, **options).result()
 
 
 if __name__ == "__main__":

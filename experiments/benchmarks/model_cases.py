@@ -38,57 +38,81 @@ def about(config: ModelConfig) -> dict[str, Any]:
     return provenance("experiments.benchmarks.model") | {"parameters": count_parameters(config)[0]}
 
 
+class Stopwatch:
+    """How many seconds after the start of its process each part of a case is done, printed as the parts pass."""
+
+    def __init__(self, began: float):
+        self.began = began
+        self.seconds: dict[str, float] = {}
+
+    def done(self, part: str) -> None:
+        """The part's seconds: recorded under "{part}_seconds"."""
+        seconds = time.time() - self.began
+        self.seconds[f"{part.replace(' ', '_')}_seconds"] = seconds
+        print(f"{part} {seconds:.1f} s, ", end="", flush=True)
+
+
 def train(
-    batch_size: int, length: int, *, config: ModelConfig, param_dtype: str, repeats: int, seconds: float
+    batch: int, length: int, *, began: float, config: ModelConfig, param_dtype: str, repeats: int, seconds: float
 ) -> dict[str, float]:
-    """Training steps on random tokens, on one device: what `gsa_jax.training.speed` tells, the milliseconds of a step
-    and `first_step_at`, the wall clock at the end of the first one."""
+    """Training steps on random tokens, on one device: the milliseconds of a step, what `gsa_jax.training.speed` tells,
+    and the seconds from `began`, when this process was started, until imports, device, initial state, compiled step and
+    first step were there."""
+    stopwatch = Stopwatch(began)
+    stopwatch.done("imports")
     mesh = make_mesh(MeshConfig())
+    stopwatch.done("device")
     recipe = OptimizerConfig(), 1000
     optimizer, schedule = make_optimizer(*recipe), make_schedule(*recipe)
     create, like = init_state(config, optimizer, mesh, 0, jnp.dtype(param_dtype))
+    state = jax.block_until_ready(create())
+    stopwatch.done("init")
     train_step = make_train_step(_structure(config), optimizer, schedule)
-    train_step = compile_train_step(train_step, like, (batch_size, length), mesh)
-    state, tokens = create(), _random_tokens(config, batch_size, length + 1)
-    ids = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "segment_ids": np.ones((batch_size, length), np.int32)}
-    batch = put_batch(ids, mesh)
+    train_step = compile_train_step(train_step, like, (batch, length), mesh)
+    stopwatch.done("compile")
+    tokens = _random_tokens(config, batch, length + 1)
+    ids = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "segment_ids": np.ones((batch, length), np.int32)}
+    ids = put_batch(ids, mesh)
 
     def step():
         nonlocal state
-        state, metrics = train_step(state, batch)
+        state, metrics = train_step(state, ids)
         return metrics
 
     jax.block_until_ready(step())
-    first_step_at = time.time()
+    stopwatch.done("first step")
     seconds = time_calls(step, jax.block_until_ready, repeats=repeats, seconds=seconds)
-    return {
-        "first_step_at": first_step_at,
-        "ms": 1000 * seconds,
-        **speed(config, mesh, batch_size * length / seconds),
-    }
+    return stopwatch.seconds | {"ms": 1000 * seconds, **speed(config, mesh, batch * length / seconds)}
 
 
 def decode(
-    batch_size: int, *, config: ModelConfig, param_dtype: str, prompt_length: int, blocks: int, repeats: int
+    batch: int, prompt: int, *, began: float, config: ModelConfig, param_dtype: str, blocks: int, repeats: int
 ) -> dict[str, float]:
     """Generation on one device after a prompt of random tokens: the milliseconds of a step, without those of the
-    prompt, over so many blocks of tokens."""
-    params = jax.jit(functools.partial(init_params, config, 0, jnp.dtype(param_dtype)))()
+    prompt, over so many blocks of tokens, and the seconds from `began` until imports, device, parameters and the first
+    tokens were there."""
+    stopwatch = Stopwatch(began)
+    stopwatch.done("imports")
+    device = jax.devices()[0]
+    stopwatch.done("device")
+    params = jax.block_until_ready(jax.jit(functools.partial(init_params, config, 0, jnp.dtype(param_dtype)))())
     model = nnx.merge(_structure(config), params)
-    prompt = _random_tokens(config, batch_size, prompt_length)
+    stopwatch.done("init")
+    tokens = _random_tokens(config, batch, prompt)
 
     def seconds_of_a_step():
-        tokens = stream(model, prompt, (1 + blocks) * BLOCK, block_size=BLOCK)
-        jax.block_until_ready(next(tokens))
+        drawn = stream(model, tokens, (1 + blocks) * BLOCK, block_size=BLOCK)
+        jax.block_until_ready(next(drawn))
         start = time.perf_counter()
-        jax.block_until_ready(list(tokens))
+        jax.block_until_ready(list(drawn))
         return (time.perf_counter() - start) / (blocks * BLOCK)
 
-    seconds_of_a_step()  # compiles
+    jax.block_until_ready(next(stream(model, tokens, BLOCK, block_size=BLOCK)))
+    stopwatch.done("first tokens")
     values = {"ms": 1000 * statistics.median(seconds_of_a_step() for _ in range(repeats))}
-    if memory := jax.devices()[0].memory_stats():
+    if memory := device.memory_stats():
         values["memory_gib"] = memory["peak_bytes_in_use"] / 2**30
-    return values
+    return stopwatch.seconds | values
 
 
 def _structure(config: ModelConfig) -> nnx.GraphDef:

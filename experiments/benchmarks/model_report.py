@@ -18,6 +18,18 @@ COLUMNS = {
 }
 
 
+def name_case(part: str, case: dict[str, Any]) -> str:
+    """A case of a part in words, such as "training, 8 x 2048"."""
+    return f"{part}, {' x '.join(str(case[name]) for name in SHAPES[part])}"
+
+
+def describe(row: dict[str, Any]) -> str:
+    """What was measured of a case, or went wrong, in a line."""
+    if "error" in row:
+        return row["error"]
+    return ", ".join(f"{heading} {form.format(row[name])}" for heading, (name, form) in COLUMNS.items() if name in row)
+
+
 def title(result: dict[str, Any]) -> str:
     """What was timed, and where."""
     settings = result["settings"]
@@ -47,12 +59,7 @@ def as_table(result: dict[str, Any], part: str) -> Table:
 
 def remarks(result: dict[str, Any]) -> list[str]:
     """Lines that say what does not fit and where a peer's numbers come from."""
-    lines = [
-        f"{part}, {' x '.join(str(row[name]) for name in names)}: {row['error']}"
-        for part, names in SHAPES.items()
-        for row in result[part]
-        if "error" in row
-    ]
+    lines = [f"{name_case(part, row)}: {row['error']}" for part in SHAPES for row in result[part] if "error" in row]
     if peers := result["peers"]:
         versions = ", ".join(f"{name} {version}" for name, version in peers["versions"].items())
         lines.append(

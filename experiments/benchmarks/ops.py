@@ -25,7 +25,7 @@ from rich.console import Console
 from experiments.benchmarks import peers
 from experiments.benchmarks.ops_report import as_table, draw, remarks
 from experiments.benchmarks.shapes import CPU_SHAPES, GPU_SHAPES, QUICK_SHAPES, Shape, choose, make_inputs
-from experiments.benchmarks.timing import REFUSALS, attempt, time_calls
+from experiments.benchmarks.timing import REFUSALS, attempt, copy_rate, time_calls
 from experiments.command_line import user_errors
 from experiments.provenance import provenance
 from gsa_jax.ops import gated_linear_attention, gated_slot_attention
@@ -97,13 +97,6 @@ def measure_peers(cases: dict[str, Shape], config: Config) -> dict[str, Any] | N
         arguments = [*cases, *(str(word) for option in options.items() for word in option)]
         subprocess.run([sys.executable, "-m", "experiments.benchmarks.peers", *arguments], check=False)
         return json.loads(out.read_text()) if out.exists() else None
-
-
-def copy_rate() -> float:
-    """The bytes per second that a copy of 1 GiB reads and writes."""
-    x = jnp.zeros(2**28, jnp.float32)
-    copy = jax.jit(jnp.copy)
-    return 2 * x.nbytes / time_calls(lambda: copy(x), jax.block_until_ready, repeats=7, seconds=0.2)
 
 
 def time_op(shape: Shape, implementation: str, dtype: str, config: Config) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 REFUSALS = (NotImplementedError, ValueError)
 """What an implementation raises for a case that it does not take."""
@@ -29,6 +30,13 @@ def time_calls(call: Callable[[], Any], wait: Callable[[Any], Any], *, repeats: 
     return statistics.median(run(calls) for _ in range(repeats))
 
 
+def copy_rate(mib: int = 1024) -> float:
+    """The bytes per second that a copy of an array reads and writes."""
+    x = jnp.zeros(mib * 2**18, jnp.float32)
+    copy = jax.jit(jnp.copy)
+    return 2 * x.nbytes / time_calls(lambda: copy(x), jax.block_until_ready, repeats=7, seconds=0.2)
+
+
 def attempt(measure: Callable[[], dict], refusals: type | tuple[type, ...] = REFUSALS) -> dict:
     """What `measure()` returns; {"error": why not} where memory does not suffice or it raises one of `refusals`."""
     try:
@@ -38,5 +46,6 @@ def attempt(measure: Callable[[], dict], refusals: type | tuple[type, ...] = REF
             return {"error": "not enough memory"}
         if not isinstance(error, refusals):
             raise
+        outcome = "does not fit" if isinstance(error, REFUSALS) else "failed"
         reason = str(error).strip() or type(error).__name__
-        return {"error": f"does not fit: {reason.splitlines()[0]}"}
+        return {"error": f"{outcome}: {reason.splitlines()[0]}"}

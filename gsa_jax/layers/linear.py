@@ -19,13 +19,34 @@ def linear(in_size, out_size, axes, *, dtype, rngs, use_bias=False, float32_out=
         use_bias=use_bias,
         dtype=dtype,
         param_dtype=jnp.float32,
-        dot_general=_float32_dot_general if float32_out else lax.dot_general,
+        dot_general=_float32_dot_general if float32_out else _dot_general,
         kernel_metadata={"axes": axes},
         bias_metadata={"axes": axes[-1:]},
         rngs=rngs,
     )
 
 
-def _float32_dot_general(x, kernel, dimension_numbers, **_):
-    """What `nnx.Linear` asks of `lax.dot_general`, x [..., in] times kernel [in, out], without rounding the result."""
-    return dot(x, kernel)
+def _dot_general(x, kernel, _, **options):
+    """What `nnx.Linear` asks of `lax.dot_general`: x [..., in] times kernel [in, out]."""
+    return _rows(x, lambda x: lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())), **options))
+
+
+def _float32_dot_general(x, kernel, _, **options):
+    """The same without rounding the result."""
+    return _rows(x, lambda x: dot(x, kernel))
+
+
+def _rows(x, multiply):
+    """multiply(x) of rows [..., in], where a row that is alone gets one of zeros beside it, but on CPUs.
+
+    A single row times a matrix of a few million numbers is to XLA for GPUs no product but a sum, whose terms it writes
+    to memory and reads again: three times the bytes of the matrix.
+    """
+    if x.size != x.shape[-1]:
+        return multiply(x)
+
+    def multiply_pair(x):
+        pair = jnp.pad(x.reshape(1, -1), ((0, 1), (0, 0)))
+        return multiply(pair)[:1].reshape(*x.shape[:-1], -1)
+
+    return lax.platform_dependent(x, cpu=multiply, default=multiply_pair)

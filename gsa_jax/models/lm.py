@@ -1,5 +1,6 @@
 """The causal language model."""
 
+import dataclasses
 import functools
 import math
 
@@ -140,6 +141,31 @@ class LanguageModel(nnx.Module):
         """One token of each row: [B] int -> (logits [B, vocab] in float32, the new state)."""
         logits, state = self(token[:, None], state)
         return logits[:, 0], state
+
+    def unrolled(self):
+        """The same model without the loop over its depth: its pattern is the whole depth, and every block has its
+        parameters, copies, to itself.
+
+        That is for decoding: a loop copies the weights of each layer out of their stack before it multiplies with them,
+        this one reads them where they are. It takes longer to compile.
+        """
+        model = nnx.merge(*nnx.split(self))
+        stacks = [nnx.split(blocks) for blocks in self.blocks]
+        model.config = dataclasses.replace(self.config, mixers=self.config.mixers * self.num_repeats)
+        model.num_repeats = 1
+        model.blocks = nnx.List(
+            [
+                nnx.merge(definition, jax.tree.map(lambda x, i=i: x[i : i + 1], parameters))
+                for i in range(self.num_repeats)
+                for definition, parameters in stacks
+            ]
+        )
+        return model
+
+    def unroll_state(self, state):
+        """A state of this model as one of `unrolled()`."""
+        repeats = range(self.num_repeats)
+        return tuple(jax.tree.map(lambda x, i=i: x[i : i + 1], states) for i in repeats for states in state)
 
     def _remat(self, function):
         if self.config.remat == "none":

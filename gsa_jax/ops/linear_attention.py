@@ -55,15 +55,18 @@ def gated_linear_attention(
     _check_log_decay(log_decay, leading, num_groups, key_size)
     check_segment_ids(segment_ids, leading)
     check_chunk_size(chunk_size)
-    misfit = pallas.linear_attention_misfit(q, k, v, chunk_size)
-    implementation = select(implementation, _IMPLEMENTATIONS, misfit, pallas.spreads())
-
     dtype = state_dtype(q, log_decay)
     shape = {"B": q.shape[0], "G": num_groups, "K": key_size, "V": value_size}
     if initial_state is None:
         initial_state = zero_state(tuple(shape.values()), dtype, like=k)
     check_array("initial_state", initial_state, shape)
 
+    if implementation is None and q.shape[1] == 1:
+        token = (x[:, 0] for x in (q, k, v, log_decay))
+        out, state = gated_linear_attention_step(*token, initial_state, scale=scale)
+        return out[:, None], state
+    misfit = pallas.linear_attention_misfit(q, k, v, chunk_size)
+    implementation = select(implementation, _IMPLEMENTATIONS, misfit, pallas.spreads())
     scale = key_size**-0.5 if scale is None else scale
     run, options = _IMPLEMENTATIONS[implementation], {"scale": scale, "initial_state": initial_state.astype(dtype)}
     if implementation == "pallas":

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from gsa_jax.ops import chunked, pallas, scan
 from gsa_jax.ops.arguments import (
@@ -71,7 +72,7 @@ def gated_slot_attention(
         goes on from `initial_state`; the returned state belongs to the row's last document.
       implementation: "scan" (two `lax.scan`s over tokens, the definition), "chunked" (matrix products, any platform),
         "pallas" (kernels for Hopper GPUs: bfloat16 or float16, K and V multiples of 64, M at most 64) or None, the
-        fastest that fits.
+        fastest that fits: for a single token `gated_slot_attention_step`.
       chunk_size: tokens in a chunk of "chunked", a power of two; by default chosen for the platform. Changes speed
         and memory, not results.
 
@@ -90,9 +91,6 @@ def gated_slot_attention(
         check_array("write", write, leading | slots)
     check_segment_ids(segment_ids, leading)
     check_chunk_size(chunk_size)
-    misfit = pallas.slot_attention_misfit(q, k, v, log_decay, chunk_size)
-    implementation = select(implementation, _IMPLEMENTATIONS, misfit, pallas.spreads())
-
     dtype = state_dtype(q, log_decay)
     if initial_state is None:
         batch_size = q.shape[0]
@@ -102,6 +100,12 @@ def gated_slot_attention(
         )
     state = _check_state(initial_state, {"B": q.shape[0]} | slots, key_size, value_size, dtype)
 
+    if implementation is None and q.shape[1] == 1:
+        q, k, v, log_decay, write = (x if x is None else x[:, 0] for x in (q, k, v, log_decay, write))
+        out, state = gated_slot_attention_step(q, k, v, log_decay, state, write, scale=scale)
+        return out[:, None], state
+    misfit = pallas.slot_attention_misfit(q, k, v, log_decay, chunk_size)
+    implementation = select(implementation, _IMPLEMENTATIONS, misfit, pallas.spreads())
     run, options = _IMPLEMENTATIONS[implementation], {"scale": scale, "initial_state": state}
     if implementation == "pallas":
         out, state = run(q, k, v, log_decay, write, segment_ids=segment_ids, **options)
@@ -133,7 +137,9 @@ def gated_slot_attention_step(q, k, v, log_decay, state, write=None, *, scale=1.
     log_decay = log_decay.astype(dtype)
     write = (write_strength(log_decay) if write is None else write).astype(dtype)
     keys = scan.write(state.keys, log_decay, write, k.astype(dtype))
-    values = scan.write(state.values, log_decay, write, v.astype(dtype))
+    # The barrier has the new values in memory, where the read finds them: XLA for GPUs would compute them a second time
+    # from the old ones, of which it first makes a copy.
+    values = lax.optimization_barrier(scan.write(state.values, log_decay, write, v.astype(dtype)))
     p = jax.nn.softmax(scale * scan.read_rows(keys, group_heads(q, num_groups).astype(dtype)), axis=-1)
     out = scan.read_columns(values, p).astype(v.dtype)
     return ungroup_heads(out), SlotState(keys, values)

@@ -1,15 +1,17 @@
 """The end-to-end benchmark: its report, and a run of it on the tiny model."""
 
+import dataclasses
 import json
 import time
 from pathlib import Path
 
 import matplotlib.image
 import pytest
+import tyro
 from rich.console import Console
 
 from experiments.benchmarks import model, peers
-from experiments.benchmarks.model_report import as_table, draw, remarks
+from experiments.benchmarks.model_report import as_table, describe, draw, remarks
 from experiments.provenance import device_name
 from gsa_jax.models import count_parameters, preset
 from tests.training.tiny import FAST_COMPILE
@@ -92,34 +94,110 @@ def test_cases_are_rows_and_tokens(case):
         model.parse(case)
 
 
-def test_a_run_of_the_tiny_model_writes_json_and_a_plot(tmp_path, monkeypatch, capsys):
+def test_a_case_is_told_in_a_line(result):
+    measured, failed = result["training"]
+    assert describe(measured) == "tokens/s 115,200, ms a step 142.20, MFU 50.0%, peak GiB 41.0"
+    assert describe(failed) == "not enough memory"
+
+
+def test_either_part_may_be_left_out():
+    config = tyro.cli(model.Config, args=["--cases", "--decode-batches", "1", "4"])
+    assert config.cases == () and config.decode_batches == (1, 4)
+    config = tyro.cli(model.Config, args=["--cases", "1x16", "--decode-batches"])
+    assert config.cases == ("1x16",) and config.decode_batches == ()
+
+
+TINY = model.Config(
+    preset="tiny",
+    cases=("2x16",),
+    param_dtype="bfloat16",
+    decode_batches=(2,),
+    prompt=4,
+    decode_blocks=1,
+    repeats=1,
+    seconds=0.01,
+)
+
+
+def test_a_run_of_the_tiny_model_writes_json_and_a_plot(tmp_path, monkeypatch, capfd):
     for name, value in FAST_COMPILE.items():
         monkeypatch.setenv(name, value)
     out = tmp_path / "deep" / "tiny.json"
     start = time.time()
-    result = model.main(
-        model.Config(
-            preset="tiny",
-            cases=("2x16",),
-            param_dtype="bfloat16",
-            decode_batches=(2,),
-            prompt=4,
-            decode_blocks=1,
-            repeats=1,
-            seconds=0.01,
-            out=out,
-        )
-    )
+    result = model.main(dataclasses.replace(TINY, out=out))
     seconds = time.time() - start
     assert json.loads(out.read_text()) == result
     assert result["device"] == device_name() and result["settings"]["param_dtype"] == "bfloat16"
     assert result["parameters"] == count_parameters(preset("tiny"))[0]
     (training,), (decoding,) = result["training"], result["decoding"]
     assert training["tokens_per_second"] == pytest.approx(2 * 16 / (training["ms"] / 1000))
-    assert 0 < training["ms"] / 1000 < training["first_step_seconds"] < seconds
-    assert 0 < decoding["ms"] / 1000 < seconds
+    parts = [training[f"{part}_seconds"] for part in ("imports", "device", "init", "compile", "first_step")]
+    assert [0, *parts, seconds] == sorted([0, *parts, seconds])
+    parts = [decoding[f"{part}_seconds"] for part in ("imports", "device", "init", "first_tokens")]
+    assert [0, *parts, seconds] == sorted([0, *parts, seconds])
+    assert 0 < training["ms"] / 1000 < seconds and 0 < decoding["ms"] / 1000 < seconds
     assert matplotlib.image.imread(out.with_suffix(".png")).std() > 0
-    assert "2 x 16" in capsys.readouterr().out
+    first, second, *tables = capfd.readouterr().out.splitlines()
+    assert first.startswith("training, 2 x 16: imports ") and first.endswith(describe(training))
+    assert second.startswith("decoding, 2 x 4: imports ") and second.endswith(describe(decoding))
+    assert any("batch x prompt" in line for line in tables)
+
+
+@pytest.fixture
+def measurements(monkeypatch):
+    """Stands in for the processes; gathers the cases that are measured, and fails where a text stands for one."""
+    measured = []
+
+    def measure(function, *arguments, began=None, **case):
+        if began is None:
+            return {"device": "1 x NVIDIA H200", "versions": {"jax": "0.12"}, "parameters": 1}
+        measured.append(tuple(case.values()))
+        if case.get("length") == 13:
+            raise RuntimeError("no luck\nat all")
+        return {"ms": float(len(measured)), "tokens_per_second": 1.0}
+
+    monkeypatch.setattr(model, "in_process", measure)
+    return measured
+
+
+def test_what_is_measured_is_written_and_printed_before_the_next_case(tmp_path, monkeypatch, capfd, measurements):
+    out, written = tmp_path / "result.json", []
+
+    def stopped(result, file, write=model.write):
+        write(result, file)
+        written.append(json.loads(file.read_text())["training"])
+        assert "x 16: tokens/s 1, ms a step 1.00\n" in capfd.readouterr().out
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(model, "write", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        model.main(dataclasses.replace(TINY, out=out))
+    assert written == [[{"batch": 2, "length": 16, "ms": 1.0, "tokens_per_second": 1.0}]]
+    assert measurements == [(2, 16)] and out.with_suffix(".png").exists()
+
+
+def test_a_case_that_fails_does_not_end_the_run(capfd, measurements):
+    result = model.main(dataclasses.replace(TINY, cases=("1x13", "2x16")))
+    assert result["training"][0] == {"batch": 1, "length": 13, "error": "failed: no luck"}
+    assert measurements == [(1, 13), (2, 16), (2, 4)]
+    assert capfd.readouterr().out.startswith("training, 1 x 13: failed: no luck\ntraining, 2 x 16: tokens/s")
+
+
+def test_a_resumed_run_measures_what_is_missing(tmp_path, measurements):
+    out = tmp_path / "result.json"
+    first = model.main(dataclasses.replace(TINY, cases=("2x16", "1x13"), decode_batches=(), out=out))
+    config = dataclasses.replace(TINY, cases=("2x16", "4x16", "1x13"), out=out, resume=True)
+    second = model.main(config)
+    assert measurements == [(2, 16), (1, 13), (4, 16), (1, 13), (2, 4)]
+    assert second["training"][0] == first["training"][0] and len(second["training"]) == 3
+    assert json.loads(out.read_text()) == second
+    with pytest.raises(ValueError, match=r"resume: .*result.json has the settings .*, and here they are"):
+        model.main(dataclasses.replace(config, repeats=2))
+
+
+def test_there_must_be_something_to_resume():
+    with pytest.raises(ValueError, match="resume: there is nothing to go on with"):
+        dataclasses.replace(TINY, resume=True)
 
 
 def test_what_the_process_of_a_case_raises_comes_back():

@@ -4,8 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from gsa_jax.generation import SamplingConfig, generate, stream
+from gsa_jax.generation.generate import _for_decoding
 from gsa_jax.models import LanguageModel
 from tests.layers.cases import compiled
 from tests.models.cases import PAIRS, VOCABULARY, config, model, token_ids
@@ -21,10 +23,11 @@ def lm():
     return model(config(("gsa", "softmax")))
 
 
+@pytest.mark.parametrize("unroll", [False, True])
 @pytest.mark.parametrize("name", PAIRS)
-def test_greedy_tokens_are_the_most_likely_of_the_whole_sequence(name):
+def test_greedy_tokens_are_the_most_likely_of_the_whole_sequence(name, unroll):
     lm = model(config(PAIRS[name]))
-    tokens = generate(lm, PROMPT, NUM_TOKENS, sampling=GREEDY)
+    tokens = generate(lm, PROMPT, NUM_TOKENS, sampling=GREEDY, unroll=unroll)
     assert tokens.shape == (2, NUM_TOKENS) and tokens.dtype == jnp.int32
     logits, _ = compiled(lambda lm, tokens: lm(tokens))(lm, jnp.concatenate([PROMPT, tokens], axis=1))
     np.testing.assert_array_equal(tokens, jnp.argmax(logits[:, 4:-1], axis=-1))
@@ -35,6 +38,19 @@ def test_block_sizes_change_nothing(lm, block_size):
     blocks = list(stream(lm, PROMPT, NUM_TOKENS, block_size=block_size))
     assert [x.shape[1] for x in blocks] == {1: [1] * 7, 3: [3, 3, 1], 100: [7]}[block_size]
     np.testing.assert_array_equal(jnp.concatenate(blocks, axis=1), generate(lm, PROMPT, NUM_TOKENS))
+
+
+@pytest.mark.parametrize("unroll", [False, True])
+def test_steps_have_the_matrices_in_the_dtype_they_are_multiplied_in(unroll):
+    """And nothing else: norms, and what computes in float32, keep theirs."""
+    lm = model(config(("gla", "softmax")), dtype=jnp.bfloat16)
+    definition, parameters = _for_decoding(*nnx.split(lm), unroll=unroll)
+    for path, x in jax.tree.leaves_with_path(parameters):
+        name = jax.tree_util.keystr(path)
+        rounded = ("kernel" in name and "gate_up" not in name) or "embedding" in name
+        assert x.dtype == (jnp.bfloat16 if rounded else jnp.float32), name
+    tokens = generate(nnx.merge(definition, parameters), PROMPT, NUM_TOKENS, unroll=False)
+    np.testing.assert_array_equal(tokens, generate(lm, PROMPT, NUM_TOKENS, unroll=unroll))
 
 
 def test_the_key_decides(lm):

@@ -1,5 +1,6 @@
 """What stands around the mixers, against its definition in float64 NumPy."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -7,6 +8,7 @@ from flax import nnx
 
 from gsa_jax.layers import RMSNorm, ShortConvolution, SwiGLU, lower_bounds, swiglu_size
 from gsa_jax.layers.feature_maps import FEATURE_MAPS
+from gsa_jax.layers.linear import linear
 from gsa_jax.layers.rotary import rotate
 from tests.helpers import rel_err
 from tests.layers import definitions
@@ -37,6 +39,19 @@ def test_rms_norm_in_bfloat16_computes_in_float32():
     y = RMSNorm(HIDDEN, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))(x)
     assert y.dtype == jnp.bfloat16
     np.testing.assert_allclose(np.asarray(y, np.float64), exact, rtol=2.0**-8)  # rounded once, at the end
+
+
+@pytest.mark.parametrize("float32_out", [False, True])
+def test_a_row_alone_is_multiplied_as_the_first_of_a_pair_but_on_cpus(float32_out):
+    layer = linear(HIDDEN, 24, (None, None), dtype=jnp.bfloat16, float32_out=float32_out, rngs=nnx.Rngs(0))
+    x = tokens(3)[:1]
+    for row in (x[:, 0], x[:, 1:2], x[0, 2]):
+        y = layer(row)
+        assert y.dtype == (jnp.float32 if float32_out else jnp.bfloat16) and y.shape == (*row.shape[:-1], 24)
+        np.testing.assert_allclose(np.ravel(y), np.ravel(layer(jnp.stack([row, row]))[0]), rtol=2.0**-7, atol=1e-6)
+        for platform, paired in (("cpu", False), ("cuda", True)):
+            lowered = jax.jit(layer).trace(row).lower(lowering_platforms=(platform,)).as_text()
+            assert (f"tensor<2x{HIDDEN}xbf16>" in lowered) is paired
 
 
 @pytest.mark.parametrize("width", [1, 3, 4])

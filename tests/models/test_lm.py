@@ -108,6 +108,19 @@ def test_token_by_token(lm):
     assert jax.tree.map(jnp.shape, state) == jax.tree.map(jnp.shape, empty)
 
 
+def test_unrolled_it_is_the_same_model(lm):
+    """Outputs, and steps from a state of either."""
+    tokens, unrolled = token_ids(LENGTH), lm.unrolled()
+    assert len(unrolled.blocks) == unrolled.config.num_layers == len(unrolled.config.mixers) > len(lm.blocks)
+    logits, _ = run(lm, tokens)
+    assert rel_err(run(unrolled, tokens)[0], logits) < TOLERANCE
+    _, state = run(lm, tokens[:, :HALF], lm.init_state(2, LENGTH))
+    expected = unrolled.init_state(2, LENGTH)
+    assert jax.tree.map(jnp.shape, lm.unroll_state(state)) == jax.tree.map(jnp.shape, expected)
+    stepped, _ = steps(unrolled, tokens[:, HALF:], lm.unroll_state(state))
+    assert rel_err(stepped, logits[:, HALF:]) < TOLERANCE
+
+
 def test_packed_documents_are_run_alone(lm):
     tokens, rest = token_ids(LENGTH), token_ids(HALF, seed=1)
     logits, state = run(lm, tokens, segment_ids=jnp.asarray([[3] * HALF + [4] * HALF, [1] * HALF + [0] * HALF]))

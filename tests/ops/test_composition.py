@@ -49,6 +49,18 @@ def test_vmap(op, implementation):
         assert_all_close(entry, expected(op, arrays, cotangents), TOLERANCE[jnp.float32])
 
 
+@pytest.mark.parametrize("state", [False, True])
+@pytest.mark.parametrize("op", OPS)
+def test_a_token_alone_is_a_step(op, state):
+    """With and without a state before it, and where segment ids say that it belongs to another document: to none."""
+    arrays, cotangents = make_case(op, SIZES._replace(T=1), state=state, write=op is slot_attention)
+    assert "scan" in str(jax.make_jaxpr(functools.partial(op, implementation="chunked"))(arrays))
+    assert "scan" not in str(jax.make_jaxpr(op)(arrays))
+    for segment_ids in (None, jnp.asarray([[3], [4]])):
+        result = outputs_and_gradients(op, arrays, cotangents, segment_ids=segment_ids)
+        assert_all_close(result, expected(op, arrays, cotangents), TOLERANCE[jnp.float32])
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_scan_over_rematerialized_layers(op):
     arrays, cotangents = make_case(op, SIZES, gates="runs of -20 and -1000", state=False)

@@ -53,7 +53,7 @@ def chunk_states(x, key, kept, initial):
 
 
 def slot_read(q, k, v, log_decay, write, keys, values, scale, num_slots):
-    """(out, q·k, the scores of v, p, prod(a) ⊙ Kmem q)"""
+    """(out, q·k for j <= i, the scores of v, p, prod(a) ⊙ Kmem q)"""
     scores = np.einsum("...ik,...jk->...ij", q, k)
     before = through(log_decay) * np.einsum("...ik,...mk->...im", q, keys)
     logits = scale * (before + np.einsum("...ij,...ijm->...im", scores, _weights(log_decay, write)))
@@ -61,7 +61,7 @@ def slot_read(q, k, v, log_decay, write, keys, values, scale, num_slots):
     p = np.exp(logits - logits.max(axis=-1, keepdims=True))
     p /= p.sum(axis=-1, keepdims=True)
     value_scores = np.einsum("...im,...ijm->...ij", p, _weights(log_decay, write))
-    return value_scores @ v + (through(log_decay) * p) @ values, scores, value_scores, p, before
+    return value_scores @ v + (through(log_decay) * p) @ values, np.tril(scores), value_scores, p, before
 
 
 def slot_read_backward(d_out, k, v, log_decay, write, keys, values, p, scale):
@@ -72,7 +72,7 @@ def slot_read_backward(d_out, k, v, log_decay, write, keys, values, p, scale):
     ds = scale * p * (dp - np.sum(p * dp, axis=-1, keepdims=True))
     b = np.einsum("...im,...ijm->...ij", ds, _weights(log_decay, write))
     key, value = through(log_decay) * ds, through(log_decay) * p
-    return b @ k + key @ keys, d_scores, before, ds, b, key, value
+    return b @ k + key @ keys, np.tril(d_scores), before, ds, b, key, value
 
 
 def write_backward(memories, key):

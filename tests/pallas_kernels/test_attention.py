@@ -12,6 +12,7 @@ from tests.ops.cases import (
     Sizes,
     assert_all_close,
     expected,
+    linear_attention,
     make_case,
     outputs_and_gradients,
     slot_attention,
@@ -41,13 +42,15 @@ def run(interpreted, monkeypatch):
     ("op", "sizes", "kinds", "options"),
     [
         (slot_attention, Sizes(1, 101, 2, 1, 64, 128, 16), ("runs of -20 and -1000",), {}),
-        (slot_attention, Sizes(1, 50, 3, 1, 128, 64, 64), ("-20 everywhere", "all kinds"), {"write": True}),
+        (slot_attention, Sizes(1, 50, 3, 1, 128, 64, 64), ("-20 everywhere", "all kinds", "weak"), {"write": True}),
+        (linear_attention, Sizes(1, 133, 4, 2, 128, 64, 0), ("one -1000", "all kinds"), {}),
+        (linear_attention, Sizes(2, 70, 1, 1, 64, 128, 0), ("one -inf",), {"scalar": True, "dtype": jnp.float16}),
     ],
-    ids=["slots, write derived", "slots, write given"],
+    ids=["slots, write derived", "slots, write given", "linear", "linear, one gate a head"],
 )
 def test_outputs_and_gradients(run, op, sizes, kinds, options):
     for gates in kinds:
-        arrays, cotangents = make_case(op, sizes, gates=gates, dtype=jnp.bfloat16, **options)
+        arrays, cotangents = make_case(op, sizes, gates=gates, **{"dtype": jnp.bfloat16} | options)
         results = run(op, arrays, cotangents)
         assert_all_close(results, expected(op, arrays, cotangents, scale=0.1), TOLERANCE, gates)
 

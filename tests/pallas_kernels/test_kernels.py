@@ -30,11 +30,12 @@ KINDS = {
 
 @functools.cache
 def gates(dtype, gates_dtype, write):
-    """Gates of all strengths and write strengths, or None, and what `chunk_gates` makes of them."""
+    """Gates, mild in the first chunk only, write strengths or None, and what `chunk_gates` makes of them."""
     rng = np.random.default_rng(0)
     log_decay = GATES["runs of -20 and -1000"](rng, (B, T, G, M))
     log_decay += np.where(rng.random((1, T, 1, 1)) < 0.5, GATES["ordinary"](rng, (B, T, G, M)), 0)
     log_decay[rng.random(log_decay.shape) < 0.01] = -np.inf
+    log_decay[:, :SIZE] = GATES["weak"](rng, (B, SIZE, G, M))
     log_decay = log_decay.astype(gates_dtype)
     write = (rng.random((B, T, G, M)) / 8).astype(dtype) if write else None
     return log_decay, write, [np.asarray(x) for x in chunk_gates(log_decay, write, dtype)]
@@ -45,7 +46,7 @@ class Operands:
 
     def __init__(self, kind):
         self.rng, self.dtype = np.random.default_rng(1), kind[0]
-        self.log_decay, self.write, (self.parts, *self.prepared) = gates(*kind)
+        self.log_decay, self.write, (self.parts, *self.prepared, self.mild) = gates(*kind)
 
     def normal(self, *shape, dtype=None):
         return self.rng.normal(size=shape).astype(dtype or self.dtype)
@@ -85,6 +86,7 @@ def test_chunk_gates(operands):
     np.testing.assert_allclose(operands.parts.astype(np.float64).sum(0), clamped, rtol=2**-16)
     key, kept = formulas.chunk_gates(*operands.gates(G))
     check(operands.prepared, (*tokens(key), kept), "key kept")
+    np.testing.assert_array_equal(operands.mild[0, 0, :, 0], [1, 0, 0])
 
 
 @pytest.mark.parametrize("segments", [1, 2])
@@ -111,7 +113,7 @@ def test_chunk_states(interpreted, operands, reverse, segments, monkeypatch):
 def test_slot_read(interpreted, operands):
     q, k, v = operands.normal(B, T, H, K), operands.normal(B, T, G, K), operands.normal(B, T, G, V)
     keys, values = operands.normal(B, G, N, M, K), operands.normal(B, G, N, M, V)
-    arguments, options = (q, k, v, operands.parts, operands.write, keys, values), {"scale": SCALE}
+    arguments, options = (q, k, v, operands.parts, operands.mild, operands.write, keys, values), {"scale": SCALE}
     options["num_slots"] = NUM_SLOTS
     with interpreted():
         results = slot_read(*arguments, residuals=True, **options)
@@ -125,8 +127,9 @@ def test_slot_read_backward(interpreted, operands):
     d_out, k, v = operands.normal(B, T, H, V), operands.normal(B, T, G, K), operands.normal(B, T, G, V)
     keys, values = operands.normal(B, G, N, M, K), operands.normal(B, G, N, M, V)
     p = operands.rng.dirichlet(np.ones(M), size=(B, T, H)).astype(operands.dtype)
+    gates = operands.parts, operands.mild, operands.write
     with interpreted():
-        results = slot_read_backward(d_out, k, v, operands.parts, operands.write, keys, values, p, scale=SCALE)
+        results = slot_read_backward(d_out, k, v, *gates, keys, values, p, scale=SCALE)
     memories = per_head(keys, H), per_head(values, H)
     expected = formulas.slot_read_backward(*heads(d_out, k, v), *operands.gates(), *memories, *heads(p), scale=SCALE)
     check(results, tokens(*expected), "dq d_scores d_before ds b key value")
@@ -147,11 +150,17 @@ def test_write_backward(interpreted, operands):
 
 
 def test_gates_backward(interpreted, operands):
-    reads = [(operands.normal(B, T, H, SIZE), operands.normal(B, T, H, M), operands.normal(B, T, H, M)) for _ in "kv"]
+    reads = [(operands.scores(), operands.normal(B, T, H, M), operands.normal(B, T, H, M)) for _ in "kv"]
     d_key, d_kept = operands.normal(B, T, H, M), operands.normal(B, H, N, M, dtype=np.float32)
     with interpreted():
         results = gates_backward(
-            reads, operands.parts, operands.write, d_key, d_kept, out_dtype=operands.log_decay.dtype
+            reads,
+            operands.parts,
+            operands.mild,
+            operands.write,
+            d_key,
+            d_kept,
+            out_dtype=operands.log_decay.dtype,
         )
     log_decay, write = operands.gates()
     write = None if operands.write is None else write
