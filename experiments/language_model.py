@@ -23,7 +23,16 @@ from experiments.bigram import bigram_bits_per_byte
 from experiments.command_line import user_errors
 from gsa_jax.generation import generate
 from gsa_jax.models import PRESETS
-from gsa_jax.training import ConfigError, TrainConfig, TrainSummary, load_model, plot_curves, recipe, train
+from gsa_jax.training import (
+    ConfigError,
+    TrainConfig,
+    TrainSummary,
+    initialize_hosts,
+    load_model,
+    plot_curves,
+    recipe,
+    train,
+)
 from gsa_jax.training.data import load_tokenizer, training_batches, validation_batches
 
 
@@ -33,26 +42,35 @@ class Arguments:
 
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
     preset: str = "tiny"
-    """model and recipe, the defaults of all settings below: tiny, tiny-gla, ..., gsa-340m, gsa-1.3b, gsa-2.7b, and the
-    same sizes of abc, gla, hgrn2, retention, linear and softmax"""
+    """model and recipe, the defaults of all settings below: tiny, tiny-gla, ..., gsa-340m, gsa-1.3b, gsa-2.7b, gsa-7b,
+    and the same sizes of abc, gla, hgrn2, retention, linear and softmax"""
     resume: bool = False
     """go on with the run in --run-dir, with its settings, from its last checkpoint"""
     prompt: str = "def "
     """what the sample at the end begins with"""
+    coordinator: str | None = None
+    """of a run of several processes: address:port of process 0; under Slurm's srun all three are found"""
+    num_processes: int | None = None
+    """how many processes there are"""
+    process_id: int | None = None
+    """which of them this is, from 0"""
 
 
 def main(arguments: Arguments) -> None:
     """Trains, then prints how well and a sample."""
     config = arguments.config
     summary = train(config, resume=arguments.resume)
+    text = None if summary.interrupted else sample(summary.run_dir, arguments.prompt)
+    if jax.process_index() > 0:
+        return
     if summary.skipped:
         print(f"left out {len(summary.skipped)} documents; the first: {summary.skipped[0]}")
     if summary.interrupted:
         print(f"stopped by {summary.interrupted} after step {summary.step}, saved; go on with --resume")
-    elif jax.process_index() == 0:
-        report(config, summary)
-        print(f"\nA sample, after {arguments.prompt!r}:\n{sample(summary.run_dir, arguments.prompt)}")
-        print(f"\nMore: python -m experiments.generate {summary.run_dir} --prompt {arguments.prompt!r}")
+        return
+    report(config, summary)
+    print(f"\nA sample, after {arguments.prompt!r}:\n{text}")
+    print(f"\nMore: python -m experiments.generate {summary.run_dir} --prompt {arguments.prompt!r}")
 
 
 def report(config: TrainConfig, summary: TrainSummary) -> None:
@@ -97,6 +115,18 @@ def defaults(arguments: list[str]) -> TrainConfig:
     return TrainConfig.from_json(stored.read_text()) if chosen.resume and stored.is_file() else config
 
 
+def join_hosts(arguments: list[str]) -> None:
+    """Joins the other processes that the command line names or Slurm started; before the settings are read, as counting
+    the parameters of a recipe's model may start jax."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--coordinator")
+    parser.add_argument("--num-processes", "--num_processes", type=int)
+    parser.add_argument("--process-id", "--process_id", type=int)
+    chosen, _ = parser.parse_known_args(arguments)
+    initialize_hosts(**vars(chosen))
+
+
 if __name__ == "__main__":
     with user_errors():
+        join_hosts(sys.argv[1:])
         main(tyro.cli(Arguments, default=Arguments(defaults(sys.argv[1:]))))

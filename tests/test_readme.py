@@ -54,6 +54,7 @@ def test_every_script_has_a_test_below():
         "experiments.benchmarks.model",
         "experiments.benchmarks.step",
         "experiments.mqar",
+        "experiments.plan",
     }
 
 
@@ -73,7 +74,7 @@ def test_train_generate_evaluate_resume(tmp_path):
     assert (tmp_path / "runs/tiny/evaluation.png").stat().st_size > 10_000
 
 
-SCRIPTS = ["language_model", "generate", "evaluate", "mqar"]
+SCRIPTS = ["language_model", "generate", "evaluate", "mqar", "plan"]
 BENCHMARKS = ["ops", "model", "step", "peers"]
 
 

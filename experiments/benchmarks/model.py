@@ -38,7 +38,7 @@ class Config:
     """What to time."""
 
     preset: str = "gsa-1.3b"
-    """The model: tiny, tiny-gla, ..., gsa-340m, gsa-1.3b, gsa-2.7b, and the same sizes of the other mixers."""
+    """The model: tiny, tiny-gla, ..., gsa-340m, gsa-1.3b, gsa-2.7b, gsa-7b, and the same sizes of the other mixers."""
     cases: tuple[str, ...] = ("8x2048", "4x4096", "2x8192", "1x16384")
     """Training steps: rows x tokens of a row; none at all if nothing is named."""
     param_dtype: Literal["float32", "bfloat16"] = "float32"

@@ -11,7 +11,7 @@ def linear(in_size, out_size, axes, *, dtype, rngs, use_bias=False, float32_out=
     """`nnx.Linear` with float32 parameters, computing in `dtype`; the result is float32 if `float32_out`.
 
     `axes` names the kernel's two axes ("embed", "heads", "mlp", "vocab" or None); the table in
-    `gsa_jax.training.sharding` maps the names to mesh axes. They stand in the parameter's metadata under "axes".
+    `gsa_jax.sharding` maps the names to mesh axes. They stand in the parameter's metadata under "axes".
     """
     return nnx.Linear(
         in_size,

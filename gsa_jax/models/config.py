@@ -77,12 +77,13 @@ class ModelConfig:
         return swiglu_size(self.hidden_size) if self.mlp_size is None else self.mlp_size
 
 
-_SIZES = {"340m": (1024, 24, 4), "1.3b": (2048, 24, 4), "2.7b": (2560, 32, 5)}
-"""The paper's sizes (section 4.1): hidden size, layers, heads of GSA and GLA."""
+_SIZES = {"340m": (1024, 24, 4), "1.3b": (2048, 24, 4), "2.7b": (2560, 32, 5), "7b": (4096, 32, 8)}
+"""Hidden size, layers, heads of GSA and GLA: the paper's sizes (section 4.1), and one with the width and depth of the
+usual 7B models and the paper's heads of 512: 6.8B parameters, and heads that can be split over eight devices."""
 
 
 def _at_size(mixer, hidden_size, num_layers, num_heads):
-    """A model of one mixer at a size of the paper: what differs from the defaults."""
+    """A model of one mixer at one of the sizes: what differs from the defaults."""
     settings = {
         "gsa": {"gsa": GatedSlotAttentionConfig(num_heads=num_heads)},
         "abc": {"abc": GatedSlotAttentionConfig(num_heads=num_heads)},
@@ -123,7 +124,7 @@ def _presets():
 
 
 PRESETS: dict[str, ModelConfig] = _presets()
-"""`tiny`, `tiny-gla`, ..., and every mixer at the paper's sizes: `gsa-340m`, `gsa-1.3b`, `gsa-2.7b`, `gla-340m`, ..."""
+"""`tiny`, `tiny-gla`, ..., and every mixer at each size: `gsa-340m`, `gsa-1.3b`, `gsa-2.7b`, `gsa-7b`, `gla-340m`..."""
 
 
 def preset(name):

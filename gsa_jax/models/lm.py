@@ -13,6 +13,7 @@ from gsa_jax.layers import MIXERS, RMSNorm, SwiGLU, lower_bounds
 from gsa_jax.layers.linear import linear
 from gsa_jax.models.config import ModelConfig
 from gsa_jax.ops.dot import dot
+from gsa_jax.sharding import constrain
 
 
 class Block(nnx.Module):
@@ -93,11 +94,17 @@ class LanguageModel(nnx.Module):
                 mixer_inputs = {"lower_bound": bounds[i]} if mixer == "hgrn2" else {}
                 x, new_state = block(x, None if states is None else states[i], segment_ids, **mixer_inputs)
                 new_states.append(new_state)
+            x = constrain(x, "batch", "length", None)
             return x, tuple(new_states)
 
-        x = self.embedding(tokens)
+        x = constrain(self._embed(tokens), "batch", "length", None)
         x, state = lax.scan(self._remat(repeat), x, (parameters, state, self._lower_bounds()))
         return self.norm(x), state
+
+    def _embed(self, tokens):
+        """The tokens' rows of the table, which is gathered in `dtype`; only a split of the vocabulary stays."""
+        table = constrain(self.embedding.embedding[...].astype(self.dtype), "vocab", "embed")
+        return jnp.take(constrain(table, "vocab", None), tokens, axis=0)
 
     def logits(self, hidden):
         """hidden [..., D] -> logits [..., vocab] in float32."""

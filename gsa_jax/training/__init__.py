@@ -3,6 +3,7 @@
 from gsa_jax.training.checkpoint import CheckpointError, Checkpoints, load_model
 from gsa_jax.training.config import ConfigError, MeshConfig, OptimizerConfig, TrainConfig, recipe
 from gsa_jax.training.data import DataConfig, DataError
+from gsa_jax.training.hosts import initialize as initialize_hosts
 from gsa_jax.training.loop import NonFiniteError, TrainSummary, train
 from gsa_jax.training.loss import next_token_loss
 from gsa_jax.training.metrics import plot_curves, read_metrics, speed
@@ -34,6 +35,7 @@ __all__ = [
     "compute_dtype",
     "init_params",
     "init_state",
+    "initialize_hosts",
     "load_model",
     "make_eval_step",
     "make_mesh",

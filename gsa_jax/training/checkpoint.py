@@ -12,6 +12,7 @@ from orbax.checkpoint import v1 as ocp
 
 from gsa_jax.models import LanguageModel, abstract_model
 from gsa_jax.training.config import TrainConfig, differences
+from gsa_jax.training.hosts import anywhere
 from gsa_jax.training.sharding import is_variable
 from gsa_jax.training.step import TrainState, compute_dtype
 
@@ -81,9 +82,10 @@ class Checkpoints:
         if not self.steps:
             return None
         _, loaded, unreadable = self._load_newest({**_parts(like), "data": data})
-        for step in unreadable:
+        for step in unreadable if jax.process_index() == 0 else ():
             path = Path(self._checkpointer.directory) / str(step)
             path.rename(path.with_name(f"{step}.unreadable"))
+        anywhere(bool(unreadable))  # all hosts see the folder as the first one leaves it
         self._checkpointer.reload()
         leaves = jax.tree.leaves((loaded["training"]["step"], loaded["params"], loaded["training"]["opt_state"]))
         return jax.tree.unflatten(jax.tree.structure(like), leaves)
@@ -131,7 +133,7 @@ class Checkpoints:
 def load_model(run_dir: Path | str) -> tuple[LanguageModel, TrainConfig, int]:
     """The trained model of a run folder on one device, the run's config, and the step of the checkpoint.
 
-    The model computes in the dtype that the config asks for on this machine.
+    The model computes in the dtype that the config asks for on this machine. Of several hosts all must call this.
 
     Raises:
       CheckpointError: no run there, or no readable checkpoint in it.
@@ -141,7 +143,7 @@ def load_model(run_dir: Path | str) -> tuple[LanguageModel, TrainConfig, int]:
         raise CheckpointError(f"{run_dir}: expected the folder of a run, there is no config.json")
     config = TrainConfig.from_json(file.read_text())
     graphdef, params = nnx.split(abstract_model(config.model, dtype=compute_dtype(config.dtype)))
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), params)
     with Checkpoints(Path(run_dir) / "checkpoints", config) as checkpoints:
         step, params = checkpoints.restore_params(like)

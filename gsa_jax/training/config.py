@@ -111,6 +111,8 @@ class TrainConfig:
             f"length={self.length}",
             f"a multiple of mesh.context={self.mesh.context}",
         )
+        for name, parts in _split_over_tensor(self.model):
+            _check(parts % self.mesh.tensor == 0, f"{name}={parts}", f"a multiple of mesh.tensor={self.mesh.tensor}")
         warmup = self.optimizer.warmup_steps
         _check(warmup >= 0, f"optimizer.warmup_steps={warmup}", "at least 0")
 
@@ -150,6 +152,19 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from _flat(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value
+
+
+def _split_over_tensor(model: ModelConfig) -> Iterator[tuple[str, int]]:
+    """(name, size) of all that the axis `tensor` must divide: the heads of the mixers and the MLP's width."""
+    for mixer in dict.fromkeys(model.mixers):
+        config = getattr(model, mixer)
+        if mixer == "hgrn2":
+            yield "model.hidden_size / model.hgrn2.expand_ratio", model.hidden_size // config.expand_ratio
+            continue
+        yield f"model.{mixer}.num_heads", config.num_heads
+        if config.num_kv_heads is not None:
+            yield f"model.{mixer}.num_kv_heads", config.num_kv_heads
+    yield "model.mlp_size", model.resolved_mlp_size
 
 
 def _check(holds: bool, got: str, expected: str) -> None:

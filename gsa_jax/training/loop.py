@@ -20,7 +20,8 @@ from jax.sharding import Mesh
 from gsa_jax.models import abstract_model, count_parameters
 from gsa_jax.training.checkpoint import Checkpoints
 from gsa_jax.training.config import ConfigError, TrainConfig, differences
-from gsa_jax.training.data import Batch, load_tokenizer, training_batches, validation_batches
+from gsa_jax.training.data import Batch, Corpus, HostBatches, load_tokenizer, validation_batches
+from gsa_jax.training.hosts import anywhere, check_agreement, rows_of_host, together
 from gsa_jax.training.metrics import Console, MetricsLog, describe, plot_curves, read_metrics, speed
 from gsa_jax.training.optimizer import make_optimizer, make_schedule
 from gsa_jax.training.sharding import make_mesh, put_batch
@@ -49,7 +50,7 @@ class TrainSummary:
     metrics: dict[str, float]
     """the last line of metrics.jsonl: step, loss, validation_bits_per_byte and so on"""
     interrupted: str | None
-    """the signal that ended it before its last step, "SIGTERM" or "SIGINT"; its checkpoint is saved"""
+    """what ended it before its last step, "SIGTERM", "SIGINT" or a signal to another host; its checkpoint is saved"""
     skipped: list[str]
     """messages of the bad documents that were left out"""
 
@@ -75,18 +76,10 @@ def train(config: TrainConfig, *, resume: bool = False) -> TrainSummary:
       NonFiniteError: the loss or the gradient is not finite; the last good checkpoint is untouched.
     """
     run_dir = Path(config.run_dir)
-    mesh = make_mesh(config.mesh)
-    _check_sizes(config)
-    _check_run_dir(run_dir, config, resume)
-    rows = config.batch_size // jax.process_count()
-    common = {"length": config.length, "shard_index": jax.process_index(), "shard_count": jax.process_count()}
-    corpus, held_out = config.data.open("train"), config.data.open("validation")
-    batches = training_batches(config.data, batch_size=rows, seed=config.seed, corpus=corpus, **common)
-    rows //= config.accumulation
-    validation = functools.partial(validation_batches, config.data, batch_size=rows, corpus=held_out, **common)
-
+    check_agreement(json.loads(config.to_json()) | {"resume": resume, "jax": jax.__version__})
+    mesh, corpus, held_out, batches, validation = together(functools.partial(_prepare, config, resume))
     _write_config(run_dir, config)
-    with Checkpoints(run_dir / "checkpoints", config, cleanup=True) as checkpoints:
+    with Checkpoints(run_dir / "checkpoints", config, cleanup=True) as checkpoints, jax.set_mesh(mesh):
         step, interrupted = _run(config, mesh, checkpoints, batches, validation)
     if jax.process_index() == 0:
         plot_curves(run_dir)
@@ -94,11 +87,29 @@ def train(config: TrainConfig, *, resume: bool = False) -> TrainSummary:
     return TrainSummary(run_dir, step, metrics, interrupted, corpus.skipped + held_out.skipped)
 
 
+def _prepare(
+    config: TrainConfig, resume: bool
+) -> tuple[Mesh, Corpus, Corpus, HostBatches, Callable[[], Iterator[Batch]]]:
+    """The mesh, the corpora and this host's batches, once all that can be checked without compiling is."""
+    mesh = make_mesh(config.mesh)
+    host, hosts = rows_of_host(mesh)
+    _check_sizes(config)
+    _check_run_dir(Path(config.run_dir), config, resume)
+    corpus, held_out = config.data.open("train"), config.data.open("validation")
+    sizes = {"length": config.length, "batch_size": config.batch_size}
+    batches = HostBatches(config.data, seed=config.seed, host=host, hosts=hosts, corpus=corpus, **sizes)
+    sizes["batch_size"] //= hosts * config.accumulation
+    validation = functools.partial(
+        validation_batches, config.data, shard_index=host, shard_count=hosts, corpus=held_out, **sizes
+    )
+    return mesh, corpus, held_out, batches, validation
+
+
 def _run(
     config: TrainConfig,
     mesh: Mesh,
     checkpoints: Checkpoints,
-    batches: Iterator[Batch],
+    batches: HostBatches,
     validation: Callable[[], Iterator[Batch]],
 ) -> tuple[int, str | None]:
     """Trains from the last checkpoint, or the beginning, to the last step or a signal; returns the step and signal."""
@@ -123,10 +134,12 @@ def _run(
             state, metrics = train_step(state, put_batch(next(batches), mesh))
             window.append(metrics)
             step += 1
-            last, stop = step == config.steps, bool(signals)
+            last = step == config.steps
             evaluating = last or step % config.eval_every == 0
-            saving = last or stop or step % config.checkpoint_every == 0
-            if not (evaluating or saving or step % config.log_every == 0):
+            saving = last or step % config.checkpoint_every == 0
+            due = evaluating or saving or step % config.log_every == 0
+            stop = (due or jax.process_count() == 1) and anywhere(bool(signals))  # hosts ask each other at times only
+            if not (due or stop):
                 continue
 
             window = jax.device_get(window)
@@ -139,12 +152,13 @@ def _run(
             seconds_left = (time.perf_counter() - begin) / (step - first) * (config.steps - step)
             stays = evaluating or not console.is_terminal
             console.step(step, config.steps, describe(values), seconds_left, stays=stays)
-            if saving:
+            if saving or stop:
                 checkpoints.save(state, batches)
             if stop:
                 break
             window, window_begin = [], time.perf_counter()
-    return step, signals[0] if step < config.steps else None
+    interrupted = signals[0] if signals else "a signal to another host"
+    return step, interrupted if step < config.steps else None
 
 
 def evaluate(eval_step: Callable, state: TrainState, batches: Iterable[Batch], mesh: Mesh) -> dict[str, float]:
@@ -224,11 +238,6 @@ def _check_sizes(config: TrainConfig) -> None:
         raise ConfigError(
             f"model.vocab_size={config.model.vocab_size}: expected at least {tokenizer.vocab_size}, the tokens of "
             f"data.tokenizer={config.data.tokenizer!r}"
-        )
-    if config.batch_size // config.accumulation % jax.process_count():
-        raise ConfigError(
-            f"batch_size={config.batch_size}, accumulation={config.accumulation}: expected the rows of a part to be a "
-            f"multiple of the number of hosts, {jax.process_count()}"
         )
 
 

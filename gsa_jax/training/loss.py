@@ -4,6 +4,10 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from gsa_jax.ops.dot import dot
+from gsa_jax.sharding import RULES, constrain, token_axes
 
 LOGITS_AT_ONCE = 2**27
 """Logits computed at a time, unless a chunk size is given: 0.5 GiB of float32."""
@@ -46,8 +50,33 @@ def next_token_loss(
         return total + jnp.sum(_cross_entropy(logits(hidden), targets), where=mask), None
 
     xs = [_split(x, chunks, chunk_size) for x in (hidden, targets, mask)]
-    total, _ = jax.lax.scan(add_chunk, jnp.float32(0), xs)
+    total, _ = jax.lax.scan(add_chunk, jnp.zeros_like(hidden, jnp.float32, shape=()), xs)
     return total, jnp.sum(mask, dtype=jnp.int32)
+
+
+def sharded_next_token_loss(
+    head: jax.Array, hidden: jax.Array, targets: jax.Array, mask: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """`next_token_loss` of a head [D, vocab], each device over the tokens that it has.
+
+    The mesh in context says which those are (`jax.set_mesh`). The head is gathered once, and once its gradient is
+    summed over the devices: left to itself XLA would do both for every chunk of tokens.
+    """
+
+    def total(head, hidden, targets, mask):
+        return next_token_loss(lambda hidden: dot(hidden, head.astype(hidden.dtype)), hidden, targets, mask)
+
+    def total_of_all(head, *tokens):
+        return jax.lax.psum(total(jax.lax.pcast(head, axes, to="varying"), *tokens), axes)
+
+    axes = token_axes()
+    if not axes:
+        return total(head, hidden, targets, mask)
+    tokens = P(RULES["batch"], RULES["length"])
+    over_tokens = jax.shard_map(
+        total_of_all, in_specs=(P(), tokens, tokens, tokens), out_specs=P(), axis_names=set(axes)
+    )
+    return over_tokens(constrain(head, None, "vocab"), hidden, targets, mask)
 
 
 def _cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Where arrays lie: the mesh, and one table from the names of parameter axes to mesh axes."""
+"""Where the arrays of a run lie: the mesh, the parameters and the batch."""
 
 import math
 from typing import Any
@@ -6,32 +6,33 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from gsa_jax.sharding import MESH_AXES, partition_spec
 from gsa_jax.training.config import ConfigError, MeshConfig
-
-MESH_AXES = ("data", "fsdp", "tensor", "context")
-
-RULES = {"embed": "fsdp", "heads": "tensor", "mlp": "tensor", "vocab": "tensor"}
-"""The mesh axis that each named parameter axis is split over; the other axes are not split."""
+from gsa_jax.training.hosts import rows_of_host
 
 BATCH = P(("data", "fsdp"), "context")
 """How a batch [batch, length] is split."""
 
 
 def make_mesh(config: MeshConfig) -> Mesh:
-    """The mesh (data, fsdp, tensor, context) of those sizes; all at 1 take one device, however many there are.
+    """The mesh of those sizes, with the axes `gsa_jax.sharding.MESH_AXES`, over the devices of all hosts.
+
+    On a single host sizes of 1 take one device, however many there are.
 
     Raises:
       ConfigError: the sizes do not multiply to the number of devices.
     """
     sizes = tuple(getattr(config, name) for name in MESH_AXES)
     devices = jax.devices()
-    if math.prod(sizes) not in (1, len(devices)):
+    wanted = (len(devices),) if jax.process_count() > 1 else (1, len(devices))
+    if math.prod(sizes) not in wanted:
         named = ", ".join(f"{name}={size}" for name, size in zip(MESH_AXES, sizes, strict=True))
         raise ConfigError(
-            f"mesh: {named} make {math.prod(sizes)} devices, expected {len(devices)}, which is what there is, or 1"
+            f"mesh: {named} make {math.prod(sizes)} devices, expected {len(devices)}, which is what there is"
+            + (", or 1" if 1 in wanted else "")
         )
     return jax.make_mesh(sizes, MESH_AXES, (AxisType.Auto,) * 4, devices=devices[: math.prod(sizes)])
 
@@ -46,11 +47,11 @@ def axes(variable: nnx.Variable) -> tuple[str | None, ...]:
     return variable.get_metadata()["axes"]
 
 
-def shardings(tree: Any, mesh: Mesh) -> Any:
+def shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
     """A NamedSharding for every array of `tree` (arrays or ShapeDtypeStructs), in the same structure.
 
-    Variables, and so parameters and whatever optax made in their shape, are split by `RULES`; an axis that its mesh
-    axis does not divide is left whole, and so is everything else.
+    Variables, and so parameters and whatever optax made in their shape, are split by `gsa_jax.sharding.RULES`; an axis
+    that its mesh axis does not divide is left whole, and so is everything else.
     """
 
     def of_node(node):
@@ -60,15 +61,19 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(of_node, tree, is_leaf=is_variable)
 
 
-def _spec(variable: nnx.Variable, mesh: Mesh) -> P:
-    names, shape = axes(variable), variable.shape
-    stacked = len(shape) - len(names)
-    mesh_axes = [RULES.get(name) for name in names]
-    fits = [axis and size % mesh.shape[axis] == 0 for axis, size in zip(mesh_axes, shape[stacked:], strict=True)]
-    return P(*[None] * stacked, *[axis if fit else None for axis, fit in zip(mesh_axes, fits, strict=True)])
+def _spec(variable: nnx.Variable, mesh: Mesh | AbstractMesh) -> P:
+    names = axes(variable)
+    stacked = (None,) * (len(variable.shape) - len(names))
+    return partition_spec((*stacked, *names), variable.shape, mesh)
 
 
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """This host's rows of a batch, arrays [rows, length], as global arrays [batch, length] on the mesh."""
     sharding = NamedSharding(mesh, BATCH)
-    return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
+    _, hosts = rows_of_host(mesh)
+
+    def put(array):
+        rows, length = array.shape
+        return jax.make_array_from_process_local_data(sharding, array, (rows * hosts, length))
+
+    return {name: put(array) for name, array in batch.items()}

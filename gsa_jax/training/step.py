@@ -1,5 +1,6 @@
 """The state of a training run, and the two compiled functions that run over it: a training and an evaluation step."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -7,10 +8,11 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from gsa_jax.models import LanguageModel, ModelConfig
-from gsa_jax.training.loss import next_token_loss
+from gsa_jax.training.loss import sharded_next_token_loss
+from gsa_jax.training.overlap import compiler_options
 from gsa_jax.training.sharding import BATCH, shardings
 
 Batch = dict[str, jax.Array]
@@ -46,22 +48,33 @@ def init_state(
     seed: int,
     param_dtype: jnp.dtype = jnp.float32,
 ) -> tuple[Callable[[], TrainState], TrainState]:
-    """How a run begins: a function that makes the first state, sharded from the start, and the state's shapes.
-
-    The second is a TrainState of ShapeDtypeStructs with their shardings, which is also what a checkpoint needs.
+    """How a run begins: a function that makes the first state, sharded from the start, and its `abstract_state`.
 
     Parameters in bfloat16, and with them gradients and moments, take half the memory, and small updates are lost in
     their rounding: for comparisons with models that are trained that way.
     """
+    like = abstract_state(config, optimizer, mesh, param_dtype)
+    create = functools.partial(_create_state, config, optimizer, seed, param_dtype)
+    return jax.jit(create, out_shardings=jax.tree.map(lambda x: x.sharding, like)), like
 
-    def create() -> TrainState:
-        params = init_params(config, seed, param_dtype)
-        return TrainState(jnp.int32(0), params, optimizer.init(params))
 
-    abstract = jax.eval_shape(create)
-    placed = shardings(abstract, mesh)
-    create = jax.jit(create, out_shardings=placed)
-    return create, jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, placed)
+def abstract_state(
+    config: ModelConfig,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh | AbstractMesh,
+    param_dtype: jnp.dtype = jnp.float32,
+) -> TrainState:
+    """The state as ShapeDtypeStructs with their shardings, which is what a checkpoint needs; allocates nothing."""
+    state = jax.eval_shape(functools.partial(_create_state, config, optimizer, 0, param_dtype))
+    placed = shardings(state, mesh)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, placed)
+
+
+def _create_state(
+    config: ModelConfig, optimizer: optax.GradientTransformation, seed: int, param_dtype: jnp.dtype
+) -> TrainState:
+    params = init_params(config, seed, param_dtype)
+    return TrainState(jnp.int32(0), params, optimizer.init(params))
 
 
 def make_train_step(
@@ -81,9 +94,11 @@ def make_train_step(
     grad_norm (before clipping), learning_rate, tokens.
     """
 
+    loss_of = functools.partial(loss_sum, graphdef)
+
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         def add_part(sums, part):
-            (nll, tokens), grads = jax.value_and_grad(_loss, has_aux=True)(state.params, graphdef, part)
+            (nll, tokens), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params, part)
             return jax.tree.map(jnp.add, sums, (grads, nll, tokens)), None
 
         zeros = (jax.tree.map(jnp.zeros_like, state.params), jnp.float32(0), jnp.int32(0))
@@ -109,7 +124,9 @@ def compile_train_step(
     array = jax.ShapeDtypeStruct(batch_shape, jnp.int32, sharding=NamedSharding(mesh, BATCH))
     batch = dict.fromkeys(("inputs", "targets", "segment_ids"), array)
     placed = jax.tree.map(lambda x: x.sharding, like)
-    return jax.jit(train_step, donate_argnums=0, out_shardings=(placed, None)).lower(like, batch).compile()
+    with jax.set_mesh(mesh):
+        lowered = jax.jit(train_step, donate_argnums=0, out_shardings=(placed, None)).lower(like, batch)
+    return lowered.compile(compiler_options(mesh.size))
 
 
 def make_eval_step(graphdef: nnx.GraphDef) -> Callable[[nnx.State, Batch], dict[str, jax.Array]]:
@@ -119,14 +136,14 @@ def make_eval_step(graphdef: nnx.GraphDef) -> Callable[[nnx.State, Batch], dict[
     """
 
     def eval_step(params: nnx.State, batch: Batch) -> dict[str, jax.Array]:
-        nll, tokens = _loss(params, graphdef, batch)
+        nll, tokens = loss_sum(graphdef, params, batch)
         return {"nll": nll, "tokens": tokens, "bytes": jnp.sum(batch["target_bytes"])}
 
     return eval_step
 
 
-def _loss(params: nnx.State, graphdef: nnx.GraphDef, batch: Batch) -> tuple[jax.Array, jax.Array]:
+def loss_sum(graphdef: nnx.GraphDef, params: nnx.State, batch: Batch) -> tuple[jax.Array, jax.Array]:
     """The loss in nats summed over the tokens of a batch, and their number."""
     model = nnx.merge(graphdef, params)
     hidden, _ = model.hidden(batch["inputs"], segment_ids=batch["segment_ids"])
-    return next_token_loss(model.logits, hidden, batch["targets"], batch["segment_ids"] > 0)
+    return sharded_next_token_loss(model.head_matrix(), hidden, batch["targets"], batch["segment_ids"] > 0)

@@ -26,6 +26,16 @@ import pytest
         (["benchmarks.model", "--cases", "8by2048"], "cases: got '8by2048', expected rows x tokens, such as 8x2048"),
         (["benchmarks.model", "--preset", "gsa-9b"], "preset must be one of tiny"),
         (["benchmarks.model", "--repeats", "0"], "repeats must be at least 1, got 0"),
+        (
+            ["plan", "--preset", "gsa-7b", "--mesh.tensor", "3"],
+            "model.gsa.num_heads=8: expected a multiple of",
+        ),
+        (
+            ["plan", "--preset", "gsa-7b", "--length", "2050", "--mesh.context", "4"],
+            "length=2050: expected a multiple",
+        ),
+        (["plan", "--preset", "gsa-7b", "--mesh.data", "3"], "batch_size=1024: expected a multiple of"),
+        (["plan", "--gpus", "0"], "gpus=(0,): expected numbers of at least 1"),
         (["benchmarks.peers", "gsa-63"], "unknown cases: gsa-63; known are gsa-512-1k, gsa-512-2k"),
     ],
 )

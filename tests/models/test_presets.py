@@ -11,9 +11,14 @@ from gsa_jax.layers import MIXERS
 from gsa_jax.models import PRESETS, ModelConfig, abstract_model, count_parameters, preset
 from tests.models.cases import PAIRS, config
 
-SIZES = {"340m": (1024, 24, 4), "1.3b": (2048, 24, 4), "2.7b": (2560, 32, 5)}
+SIZES = {"340m": (1024, 24, 4), "1.3b": (2048, 24, 4), "2.7b": (2560, 32, 5), "7b": (4096, 32, 8)}
 """Hidden size, layers, heads of GSA and GLA."""
-NAMED = {"340m": (340e6, 385e6), "1.3b": (0.9 * 1.3e9, 1.1 * 1.4e9), "2.7b": (0.95 * 2.7e9, 1.05 * 2.7e9)}
+NAMED = {
+    "340m": (340e6, 385e6),
+    "1.3b": (0.9 * 1.3e9, 1.1 * 1.4e9),
+    "2.7b": (0.95 * 2.7e9, 1.05 * 2.7e9),
+    "7b": (0.95 * 7e9, 1.05 * 7e9),
+}
 """Between what a size's parameters must be to deserve the name."""
 
 
@@ -37,7 +42,7 @@ def mlp_width(mixer, d):
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("mixer", MIXERS)
-def test_parameters_at_the_papers_sizes(mixer, size):
+def test_parameters_at_the_named_sizes(mixer, size):
     d, layers, heads = SIZES[size]
     block = mixer_parameters(mixer, d, heads) + 3 * d * mlp_width(mixer, d) + 2 * d
     extra = layers * d if mixer == "hgrn2" else 0  # the lower bounds
@@ -90,8 +95,8 @@ def test_every_mixer_is_in_a_pair():
 
 def test_unknown_names_list_the_known_ones():
     with pytest.raises(ValueError) as error:
-        preset("gsa-7b")
-    assert "'gsa-7b'" in str(error.value) and all(name in str(error.value) for name in PRESETS)
+        preset("gsa-70b")
+    assert "'gsa-70b'" in str(error.value) and all(name in str(error.value) for name in PRESETS)
     with pytest.raises(ValueError) as error:
         ModelConfig(mixers=("gsa", "mamba"))
     assert "'mamba'" in str(error.value) and all(name in str(error.value) for name in MIXERS)

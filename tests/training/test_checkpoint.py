@@ -21,7 +21,7 @@ from gsa_jax.training import (
     make_optimizer,
     shardings,
 )
-from gsa_jax.training.data import training_batches
+from gsa_jax.training.data import HostBatches
 from tests.training.tiny import run_config
 
 
@@ -42,7 +42,8 @@ def abstract(state: TrainState) -> TrainState:
 
 
 def make_data(config: TrainConfig):
-    return training_batches(config.data, batch_size=2, length=16, seed=0)
+    corpus = config.data.open("train")
+    return HostBatches(config.data, batch_size=2, length=16, seed=0, host=0, hosts=1, corpus=corpus)
 
 
 def equal(x: TrainState, y: TrainState) -> bool:
@@ -114,7 +115,7 @@ def test_the_last_good_one_is_found_behind_a_damaged_one(folder, saved, config, 
         np.testing.assert_array_equal(next(data)["inputs"], saved[1][step])
         assert (folder / "3.unreadable").is_dir() == (step == 2)
         found[step].append(str(file))
-    for part in ("params/manifest.ocdbt", "training/manifest.ocdbt", "params/_METADATA", "params/d/", "data/process"):
+    for part in ("params/manifest.ocdbt", "training/manifest.ocdbt", "params/_METADATA", "params/d/", "data/host"):
         assert any(part in file for file in found[2]), found
 
 

@@ -3,9 +3,14 @@ import json
 
 import pytest
 
+from gsa_jax.layers import GatedSlotAttentionConfig
 from gsa_jax.models import preset
 from gsa_jax.training import ConfigError, MeshConfig, OptimizerConfig, TrainConfig, recipe
 from gsa_jax.training.config import differences
+
+GROUPED = dataclasses.replace(preset("tiny"), gsa=GatedSlotAttentionConfig(num_heads=2, num_kv_heads=1))
+HGRN2 = preset("tiny-hgrn2")
+NARROW = dataclasses.replace(preset("tiny"), mlp_size=33)
 
 
 @pytest.mark.parametrize("name", ["tiny", "gsa-340m", "hgrn2-1.3b"])
@@ -49,6 +54,10 @@ def test_json_of_something_else_is_refused(text, message):
         ({"batch_size": 10, "accumulation": 4}, "batch_size=10: expected a multiple of accumulation x mesh.data"),
         ({"batch_size": 6, "mesh": MeshConfig(data=2, fsdp=2)}, "batch_size=6: expected a multiple of .* = 4"),
         ({"length": 9, "mesh": MeshConfig(context=2)}, "length=9: expected a multiple of mesh.context=2"),
+        ({"mesh": MeshConfig(tensor=4)}, "model.gsa.num_heads=2: expected a multiple of mesh.tensor=4"),
+        ({"model": GROUPED, "mesh": MeshConfig(tensor=2)}, "model.gsa.num_kv_heads=1: expected a multiple of mesh"),
+        ({"model": HGRN2, "mesh": MeshConfig(tensor=4)}, "hgrn2.expand_ratio=2: expected a multiple of mesh.tensor=4"),
+        ({"model": NARROW, "mesh": MeshConfig(tensor=2)}, "model.mlp_size=33: expected a multiple of mesh.tensor=2"),
         ({"optimizer": OptimizerConfig(warmup_steps=-1)}, "optimizer.warmup_steps=-1: expected at least 0"),
         ({"eval_batches": 0}, "eval_batches=0"),
         ({"keep": 0}, "keep=0"),
@@ -57,7 +66,7 @@ def test_json_of_something_else_is_refused(text, message):
 )
 def test_settings_that_do_not_fit_are_refused(changes, message):
     with pytest.raises(ConfigError, match=message):
-        TrainConfig(preset("tiny"), **changes)
+        TrainConfig(**{"model": preset("tiny")} | changes)
 
 
 def test_a_mesh_axis_has_at_least_one_device():
@@ -83,8 +92,8 @@ def test_recipes_are_the_papers(name, tokens, warmup):
 
 
 def test_an_unknown_preset_lists_the_known_ones():
-    with pytest.raises(ValueError, match=r"gsa-340m.*got 'gsa-7b'"):
-        recipe("gsa-7b")
+    with pytest.raises(ValueError, match=r"gsa-340m.*got 'gsa-70b'"):
+        recipe("gsa-70b")
 
 
 def test_differences_name_the_fields():

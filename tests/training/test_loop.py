@@ -192,7 +192,7 @@ def test_only_a_run_can_be_resumed_and_only_as_it_was(finished, tmp_path):
         ({"data": DataConfig(path="/no/such/corpus")}, DataError, "no such file"),
         ({"length": 10**6}, DataError, "expected at least length=1000000"),
         ({"model": dataclasses.replace(MODEL, vocab_size=256)}, ConfigError, "vocab_size=256: expected at least 257"),
-        ({"mesh": MeshConfig(tensor=64)}, ConfigError, "tensor=64"),
+        ({"mesh": MeshConfig(data=64), "batch_size": 64}, ConfigError, "data=64"),
         ({"model": dataclasses.replace(MODEL, hidden_size=15)}, ValueError, "hidden_size=15"),
     ],
 )

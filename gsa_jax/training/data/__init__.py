@@ -8,6 +8,7 @@ from gsa_jax.training.data.pipeline import (
     training_batches,
     validation_batches,
 )
+from gsa_jax.training.data.streams import HostBatches
 from gsa_jax.training.data.tokenizer import ByteTokenizer, FileTokenizer, Tokenizer, load_tokenizer
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "DataConfig",
     "DataError",
     "FileTokenizer",
+    "HostBatches",
     "Tokenizer",
     "evaluation_stream",
     "load_tokenizer",
