@@ -1,5 +1,6 @@
 """The ops over a mesh: the numbers of one device, one exchange of states, and what can't be cut."""
 
+import functools
 import json
 import os
 import re
@@ -9,9 +10,11 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import AxisType
 
 from gsa_jax.ops import sharded
-from tests.ops.cases import OPS, Sizes, slot_attention
+from gsa_jax.sharding import MESH_AXES
+from tests.ops.cases import OPS, TOLERANCE, Sizes, assert_close, make_case, slot_attention
 from tests.ops.over_mesh import CASES
 from tests.pallas_kernels.hopper import count_kernels, mesh, shapes
 
@@ -62,6 +65,27 @@ def test_every_device_runs_the_kernels_on_its_part(op):
     arrays = shapes(op, Sizes(B=4, T=256, H=4, G=2, K=64, V=64, M=64))
     one, many = mesh(), mesh(data=2, fsdp=1, tensor=2, context=2)
     assert count_kernels(forward, arrays, on=many) == count_kernels(forward, arrays, on=one) > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("gates", ["weak", "all kinds"])
+def test_several_gpus_give_the_numbers_of_one(op, gates):
+    devices = jax.device_count()
+    if devices == 1:
+        pytest.skip("needs several GPUs")
+    T = 128 * devices
+    arrays, cotangents = make_case(op, Sizes(2, T, 4, 2, 64, 128, 64), gates=gates, state=False, dtype=jnp.bfloat16)
+    segment_ids = jnp.arange(T)[None] // jnp.asarray([[50], [T]])
+
+    def run(function, arrays):
+        out, pullback = jax.vjp(lambda arrays: function(**arrays, segment_ids=segment_ids)[0], arrays)
+        return pullback(cotangents["out"])[0] | {"out": out}
+
+    expected = jax.jit(functools.partial(run, FUNCTIONS[op]))(arrays)
+    with jax.set_mesh(jax.make_mesh((1, 1, 1, devices), MESH_AXES, (AxisType.Auto,) * 4)):
+        results = jax.jit(functools.partial(run, FUNCTIONS[op]))(arrays)
+    assert_close(results, expected, TOLERANCE[jnp.bfloat16])
 
 
 @pytest.mark.parametrize(
