@@ -10,7 +10,7 @@ from gsa_jax.layers.checks import check_numbers
 from gsa_jax.layers.linear import linear
 from gsa_jax.layers.mixer import Mixer, merge_heads
 from gsa_jax.layers.norm import RMSNorm
-from gsa_jax.ops import gated_linear_attention
+from gsa_jax.ops import sharded
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class HGRN2(Mixer):
         log_forget = jnp.where(bounded, jnp.log(forget), jax.nn.log_sigmoid(logits))
         key = (1 - lower_bound) * nnx.sigmoid(-logits)
         q = jax.nn.swish(self.q(x))
-        out, state = gated_linear_attention(
+        out, state = sharded.gated_linear_attention(
             self._heads(q),
             self._heads(key.astype(q.dtype)),
             self._heads(self.input(x)),

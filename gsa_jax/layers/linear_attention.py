@@ -11,7 +11,7 @@ from gsa_jax.layers.feature_maps import feature_map
 from gsa_jax.layers.linear import linear
 from gsa_jax.layers.mixer import HeadProjections, Mixer, head_size, merge_heads
 from gsa_jax.layers.norm import RMSNorm
-from gsa_jax.ops import gated_linear_attention
+from gsa_jax.ops import sharded
 
 
 class LinearAttentionState(NamedTuple):
@@ -52,7 +52,7 @@ class LinearAttentionLayer(Mixer):
     def __call__(self, x, state=None, segment_ids=None):
         memory, conv_state, position = (None, (), jnp.int32(0)) if state is None else state
         q, k, v, conv_state = self.projections(x, conv_state, segment_ids)
-        out, memory = gated_linear_attention(
+        out, memory = sharded.gated_linear_attention(
             self.map_features(q, position),
             self.map_features(k, position),
             v,

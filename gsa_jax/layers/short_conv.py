@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from gsa_jax.ops.arguments import document_starts
+from gsa_jax.ops import sharded
 
 
 class ShortConvolution(nnx.Module):
@@ -25,20 +25,6 @@ class ShortConvolution(nnx.Module):
 
     def __call__(self, x, state=None, segment_ids=None):
         """x [B, T, C] -> (y [B, T, C], the new state); `state` holds the inputs before x, of x's first document."""
-        batch_size, length, _ = x.shape
         kernel = self.kernel[...].astype(self.dtype)
-        before = kernel.shape[0] - 1
-        state = self.init_state(batch_size) if state is None else state
-        inputs = jnp.concatenate([state, x.astype(self.dtype)], axis=1)
-        if segment_ids is None:
-            taps = (kernel[i] * inputs[:, i : i + length] for i in range(before + 1))
-            return jax.nn.swish(sum(taps)), inputs[:, length:]
-
-        document = jnp.cumsum(document_starts(segment_ids), axis=1)
-        document = jnp.pad(document, ((0, 0), (before, 0)))
-        same = (document[:, i : i + length] == document[:, before:] for i in range(before + 1))
-        taps = (
-            jnp.where(is_same[..., None], kernel[i] * inputs[:, i : i + length], 0) for i, is_same in enumerate(same)
-        )
-        in_last_document = document[:, length:] == document[:, -1:]
-        return jax.nn.swish(sum(taps)), jnp.where(in_last_document[..., None], inputs[:, length:], 0)
+        y, state = sharded.short_convolution(x.astype(self.dtype), kernel, initial_state=state, segment_ids=segment_ids)
+        return jax.nn.swish(y), state

@@ -11,7 +11,7 @@ from gsa_jax.layers.feature_maps import feature_map
 from gsa_jax.layers.linear import linear
 from gsa_jax.layers.mixer import HeadProjections, Mixer, head_size, merge_heads
 from gsa_jax.layers.norm import RMSNorm
-from gsa_jax.ops import SlotState, abc_log_decay, gated_slot_attention
+from gsa_jax.ops import SlotState, sharded
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class GatedSlotAttention(Mixer):
         memory, conv_state, gate_state = (None, (), None) if state is None else state
         q, k, v, conv_state = self.projections(x, conv_state, segment_ids)
         log_decay, gate_state = self.log_decay(x, gate_state, segment_ids)
-        out, memory = gated_slot_attention(
+        out, memory = sharded.gated_slot_attention(
             self.feature_map(q),
             self.feature_map(k),
             jax.nn.swish(v),
@@ -132,7 +132,7 @@ class ABC(GatedSlotAttention):
 
     def log_decay(self, x, gate_state, segment_ids):
         """ABC's gate from the write logits W_a x, and the running normalizer [B, G, M]."""
-        return abc_log_decay(self._gate_logits(x), initial_normalizer=gate_state, segment_ids=segment_ids)
+        return sharded.abc_log_decay(self._gate_logits(x), initial_normalizer=gate_state, segment_ids=segment_ids)
 
     def _init_gate_state(self, batch_size):
         groups, slots, _, _ = self.memory_shape

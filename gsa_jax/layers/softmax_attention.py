@@ -10,6 +10,7 @@ from gsa_jax.layers.checks import check_numbers
 from gsa_jax.layers.linear import linear
 from gsa_jax.layers.mixer import HeadProjections, Mixer, head_size, merge_heads
 from gsa_jax.layers.rotary import rotate
+from gsa_jax.ops import sharded
 from gsa_jax.ops.arguments import document_starts
 
 
@@ -82,9 +83,8 @@ class SoftmaxAttention(Mixer):
         document = jnp.zeros((batch_size, length), jnp.int32)
         if segment_ids is not None:
             document = jnp.cumsum(document_starts(segment_ids), axis=1)
-        if state is None and segment_ids is None:
-            window = None if self.config.window is None else (self.config.window - 1, 0)
-            out = jax.nn.dot_product_attention(q, keys, values, is_causal=True, local_window_size=window)
+        if state is None:
+            out = sharded.softmax_attention(q, k, v, window=self.config.window, segment_ids=segment_ids)
         else:
             out = jax.nn.dot_product_attention(q, keys, values, mask=self._mask(cache, document)[:, None])
         return self.out(merge_heads(out)), self._keep(cache, keys, values, document, conv_state)

@@ -27,23 +27,29 @@ def abc_log_decay(write_logits, *, initial_normalizer=None, segment_ids=None):
     Raises:
       TypeError, ValueError: an argument has the wrong dtype or shape; the message names it.
     """
-    check_array("write_logits", write_logits, dict.fromkeys("BTGM"))
-    batch_size, length, num_groups, num_slots = write_logits.shape
-    check_segment_ids(segment_ids, {"B": batch_size, "T": length})
-    logits = write_logits.astype(state_dtype(write_logits))
-    shape = {"B": batch_size, "G": num_groups, "M": num_slots}
-    if initial_normalizer is None:
-        initial_normalizer = zero_state(tuple(shape.values()), logits.dtype, like=logits) - jnp.inf
-    check_array("initial_normalizer", initial_normalizer, shape)
-
+    initial_normalizer = checked_normalizer(write_logits, initial_normalizer, segment_ids)
+    logits = write_logits.astype(initial_normalizer.dtype)
+    batch_size, length = logits.shape[:2]
     starts = jnp.zeros((batch_size, length), bool) if segment_ids is None else document_starts(segment_ids)
     starts = jnp.broadcast_to(starts[:, :, None, None], logits.shape)
     _, normalizers = lax.associative_scan(_append, (starts, logits), axis=1)
     in_first_document = lax.cummax(starts.astype(jnp.int32), axis=1) == 0
-    initial = initial_normalizer.astype(logits.dtype)[:, None]
+    initial = initial_normalizer[:, None]
     normalizers = jnp.where(in_first_document, jnp.logaddexp(initial, normalizers), normalizers)
     before = jnp.concatenate([initial, normalizers[:, :-1]], axis=1)
     return _log_share_kept(jnp.where(starts, -jnp.inf, before), logits), normalizers[:, -1]
+
+
+def checked_normalizer(write_logits, initial_normalizer, segment_ids):
+    """Checks the arguments of `abc_log_decay`; returns the normalizer that the first token finds."""
+    check_array("write_logits", write_logits, dict.fromkeys("BTGM"))
+    batch_size, length, num_groups, num_slots = write_logits.shape
+    check_segment_ids(segment_ids, {"B": batch_size, "T": length})
+    dtype, shape = state_dtype(write_logits), {"B": batch_size, "G": num_groups, "M": num_slots}
+    if initial_normalizer is None:
+        return zero_state(tuple(shape.values()), dtype, like=write_logits) - jnp.inf
+    check_array("initial_normalizer", initial_normalizer, shape)
+    return initial_normalizer.astype(dtype)
 
 
 def abc_log_decay_step(write_logits, normalizer):

@@ -51,24 +51,18 @@ def gated_linear_attention(
     Raises:
       TypeError, ValueError: an argument has the wrong dtype, shape or value; the message names it.
     """
-    leading, num_groups, key_size, value_size = check_qkv(q, k, v)
-    _check_log_decay(log_decay, leading, num_groups, key_size)
-    check_segment_ids(segment_ids, leading)
+    initial_state = checked_state(q, k, v, log_decay, initial_state, segment_ids)
     check_chunk_size(chunk_size)
-    dtype = state_dtype(q, log_decay)
-    shape = {"B": q.shape[0], "G": num_groups, "K": key_size, "V": value_size}
-    if initial_state is None:
-        initial_state = zero_state(tuple(shape.values()), dtype, like=k)
-    check_array("initial_state", initial_state, shape)
-
     if implementation is None and q.shape[1] == 1:
         token = (x[:, 0] for x in (q, k, v, log_decay))
         out, state = gated_linear_attention_step(*token, initial_state, scale=scale)
         return out[:, None], state
     misfit = pallas.linear_attention_misfit(q, k, v, chunk_size)
     implementation = select(implementation, _IMPLEMENTATIONS, misfit, pallas.spreads())
-    scale = key_size**-0.5 if scale is None else scale
-    run, options = _IMPLEMENTATIONS[implementation], {"scale": scale, "initial_state": initial_state.astype(dtype)}
+
+    dtype, num_groups = state_dtype(q, log_decay), k.shape[2]
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    run, options = _IMPLEMENTATIONS[implementation], {"scale": scale, "initial_state": initial_state}
     if implementation == "pallas":
         return run(q, k, v, log_decay, segment_ids=segment_ids, **options)
     if implementation == "chunked":
@@ -76,6 +70,20 @@ def gated_linear_attention(
     log_decay = forget_at_document_starts(log_decay.astype(dtype), segment_ids)
     out, state = run(group_heads(q, num_groups), k, v, log_decay, **options)
     return ungroup_heads(out), state
+
+
+def checked_state(q, k, v, log_decay, initial_state, segment_ids):
+    """Checks the arguments of `gated_linear_attention`; returns the state that the first token finds."""
+    leading, num_groups, key_size, value_size = check_qkv(q, k, v)
+    _check_log_decay(log_decay, leading, num_groups, key_size)
+    check_segment_ids(segment_ids, leading)
+
+    dtype = state_dtype(q, log_decay)
+    shape = {"B": q.shape[0], "G": num_groups, "K": key_size, "V": value_size}
+    if initial_state is None:
+        return zero_state(tuple(shape.values()), dtype, like=k)
+    check_array("initial_state", initial_state, shape)
+    return initial_state.astype(dtype)
 
 
 def gated_linear_attention_step(q, k, v, log_decay, state, *, scale=None):

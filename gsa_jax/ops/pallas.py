@@ -36,8 +36,10 @@ def gated_linear_attention(q, k, v, log_decay, *, scale, initial_state, segment_
 
 
 def spreads():
-    """Whether XLA may have to spread what is called here over several devices: there are some and no `shard_map`."""
-    return jax.device_count() > 1 and not _all_manual(jax.sharding.get_abstract_mesh())
+    """Whether XLA may have to spread what is called here over devices: a mesh has several, or there are some and none
+    is set, and there is no `shard_map`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.device_count() > 1 if mesh.empty else mesh.size > 1 and not _all_manual(mesh)
 
 
 def _all_manual(mesh):

@@ -84,28 +84,16 @@ def gated_slot_attention(
       TypeError, ValueError: an argument has the wrong dtype, shape or value, or does not fit the implementation asked
         for; the message names it.
     """
-    leading, num_groups, key_size, value_size = check_qkv(q, k, v)
-    check_array("log_decay", log_decay, leading | {"G": num_groups, "M": None})
-    slots = {"G": num_groups, "M": log_decay.shape[-1]}
-    if write is not None:
-        check_array("write", write, leading | slots)
-    check_segment_ids(segment_ids, leading)
+    state = checked_state(q, k, v, log_decay, write, initial_state, segment_ids)
     check_chunk_size(chunk_size)
-    dtype = state_dtype(q, log_decay)
-    if initial_state is None:
-        batch_size = q.shape[0]
-        initial_state = SlotState(
-            zero_state((batch_size, *slots.values(), key_size), dtype, like=k),
-            zero_state((batch_size, *slots.values(), value_size), dtype, like=v),
-        )
-    state = _check_state(initial_state, {"B": q.shape[0]} | slots, key_size, value_size, dtype)
-
     if implementation is None and q.shape[1] == 1:
         q, k, v, log_decay, write = (x if x is None else x[:, 0] for x in (q, k, v, log_decay, write))
         out, state = gated_slot_attention_step(q, k, v, log_decay, state, write, scale=scale)
         return out[:, None], state
     misfit = pallas.slot_attention_misfit(q, k, v, log_decay, chunk_size)
     implementation = select(implementation, _IMPLEMENTATIONS, misfit, pallas.spreads())
+
+    dtype, num_groups = state_dtype(q, log_decay), k.shape[2]
     run, options = _IMPLEMENTATIONS[implementation], {"scale": scale, "initial_state": state}
     if implementation == "pallas":
         out, state = run(q, k, v, log_decay, write, segment_ids=segment_ids, **options)
@@ -117,6 +105,24 @@ def gated_slot_attention(
         options["chunk_size"] = chunk_size
     out, state = run(group_heads(q, num_groups), k, v, log_decay, write, **options)
     return ungroup_heads(out), SlotState(*state)
+
+
+def checked_state(q, k, v, log_decay, write, initial_state, segment_ids):
+    """Checks the arguments of `gated_slot_attention`; returns the `SlotState` that the first token finds."""
+    leading, num_groups, key_size, value_size = check_qkv(q, k, v)
+    check_array("log_decay", log_decay, leading | {"G": num_groups, "M": None})
+    slots = {"G": num_groups, "M": log_decay.shape[-1]}
+    if write is not None:
+        check_array("write", write, leading | slots)
+    check_segment_ids(segment_ids, leading)
+
+    dtype, slots = state_dtype(q, log_decay), {"B": q.shape[0]} | slots
+    if initial_state is None:
+        shape = tuple(slots.values())
+        initial_state = SlotState(
+            zero_state((*shape, key_size), dtype, like=k), zero_state((*shape, value_size), dtype, like=v)
+        )
+    return _check_state(initial_state, slots, key_size, value_size, dtype)
 
 
 def gated_slot_attention_step(q, k, v, log_decay, state, write=None, *, scale=1.0):

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from gsa_jax.layers import hgrn2, linear_attention, slot_attention
+from gsa_jax.ops import sharded
 from tests.layers.cases import VARIANTS, tokens
 
 RECURRENCES = {
-    "gsa": (slot_attention, "gated_slot_attention"),
-    "abc": (slot_attention, "gated_slot_attention"),
-    "gla": (linear_attention, "gated_linear_attention"),
-    "hgrn2": (hgrn2, "gated_linear_attention"),
-    "hgrn2-bounded": (hgrn2, "gated_linear_attention"),
+    "gsa": "gated_slot_attention",
+    "abc": "gated_slot_attention",
+    "gla": "gated_linear_attention",
+    "hgrn2": "gated_linear_attention",
+    "hgrn2-bounded": "gated_linear_attention",
 }
 """What the gated layers hand their log decays to."""
 
@@ -26,8 +26,8 @@ def log_decay(name, x):
     layer = VARIANTS[name].build(dtype=x.dtype, implementation="scan")
     parameters = nnx.state(layer)
     nnx.update(layer, jax.tree.map(lambda p: jnp.float32(jnp.bfloat16(p)) if p.ndim == 2 else p, parameters))
-    module, function = RECURRENCES[name]
-    with mock.patch.object(module, function, wraps=getattr(module, function)) as recurrence:
+    function = RECURRENCES[name]
+    with mock.patch.object(sharded, function, wraps=getattr(sharded, function)) as recurrence:
         layer(x, **dict(VARIANTS[name].inputs))
     return recurrence.call_args.args[3]
 

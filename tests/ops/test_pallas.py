@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from gsa_jax.ops import pallas
 from pallas_kernels.linear_attention import LARGEST_KEY
 from tests.ops.cases import OPS, Sizes, linear_attention, slot_attention
 from tests.pallas_kernels.hopper import count_kernels, mesh, shapes
@@ -28,11 +29,13 @@ def test_what_fits_goes_to_the_kernels(op):
     assert count_kernels(op, shapes(op, FITTING)) > 0
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_beside_other_devices_only_by_name_or_in_a_shard_map(op, monkeypatch):
+def test_beside_other_devices_only_where_a_mesh_says_which(monkeypatch):
+    assert not pallas.spreads()
     monkeypatch.setattr(jax, "device_count", lambda: 4)
-    assert count_kernels(lambda arrays: op(arrays), shapes(op, FITTING)) == 0  # a function of its own: traces are kept
-    assert count_kernels(functools.partial(op, implementation="pallas"), shapes(op, FITTING)) > 0
+    assert pallas.spreads()
+    for axes, spreads in (({}, False), ({"data": 2}, True)):
+        with jax.sharding.use_abstract_mesh(mesh(**axes)):
+            assert pallas.spreads() == spreads
 
 
 NO_FIT = {

@@ -1,0 +1,101 @@
+"""The ops over a mesh of devices: each device runs them on its own part of the arrays.
+
+Under `jax.set_mesh(mesh)`, with the axes `MESH_AXES`, rows are cut over data and fsdp, heads over tensor, and tokens
+over context (what the parts of a sequence exchange is in `gsa_jax.ops.context`). A call is a `jax.shard_map` with all
+axes manual, so XLA has nothing to spread, and kernels run inside. Arguments and results are arrays of the whole shape:
+each function here means what its namesake of `gsa_jax.ops` does, and takes the same arguments. It is its namesake where
+there is no such mesh, on a mesh of one device, and where a `jax.shard_map` is around already.
+"""
+
+import functools
+import inspect
+import math
+
+import jax
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+from gsa_jax import ops
+from gsa_jax.ops import context
+from gsa_jax.sharding import MESH_AXES, RULES
+
+BATCH = P(RULES["batch"], RULES["length"])
+"""How arrays [B, T] are cut."""
+TOKENS = P(*BATCH, RULES["heads"])
+"""How arrays [B, T, heads, ...] and [B, T, channels] are cut."""
+STATE = P(RULES["batch"], RULES["heads"])
+"""How states [B, heads, ...] are cut."""
+LAST_TOKENS = P(RULES["batch"], None, RULES["heads"])
+"""How a state [B, W - 1, channels] is cut, which all parts of a sequence have."""
+
+
+def _active_mesh():
+    """The mesh that `jax.set_mesh` set, if it has several devices and the axes `MESH_AXES`, all Auto; else None."""
+    mesh = jax.sharding.get_abstract_mesh()
+    ours = set(MESH_AXES) <= set(mesh.axis_names) and set(mesh.axis_types) == {AxisType.Auto}
+    return mesh if ours and mesh.size > 1 else None
+
+
+def _over_mesh(op, part, in_specs, out_specs):
+    """`op`, over the active mesh if there is one; `part` is what a device does where sequences are cut.
+
+    `in_specs` has the arguments that are arrays, by name. The function raises a ValueError that names an array that
+    the mesh can't cut.
+    """
+
+    @functools.wraps(op)
+    def over_mesh(*args, **kwargs):
+        mesh = _active_mesh()
+        if mesh is None:
+            return op(*args, **kwargs)
+        specs, results = jax.tree.map(lambda spec: _cut(spec, mesh), (in_specs, out_specs))
+        options = inspect.signature(op).bind(*args, **kwargs).arguments
+        arrays = {name: options.pop(name) for name in in_specs if options.get(name) is not None}
+        for name, array in arrays.items():
+            _check_divides(mesh, specs[name], name, array)
+        on_device = part if mesh.shape["context"] > 1 else op
+        return jax.shard_map(
+            lambda arrays: on_device(**arrays, **options),
+            in_specs=({name: specs[name] for name in arrays},),
+            out_specs=results,
+        )(arrays)
+
+    return over_mesh
+
+
+def _cut(spec, mesh):
+    """`spec` without the mesh's axes of one device."""
+    axes = ((axis,) if isinstance(axis, str) else axis or () for axis in spec)
+    return P(*(tuple(name for name in names if mesh.shape[name] > 1) for names in axes))
+
+
+def _check_divides(mesh, spec, argument, arrays):
+    for array in jax.tree.leaves(arrays):
+        for axis, (size, names) in enumerate(zip(array.shape, spec, strict=False)):
+            names = (names,) if isinstance(names, str) else names or ()
+            if size % math.prod(mesh.shape[name] for name in names):
+                sizes = " x ".join(f"{name}={mesh.shape[name]}" for name in names)
+                raise ValueError(
+                    f"{argument} has shape {list(array.shape)}: axis {axis} must be a multiple of the mesh's {sizes}"
+                )
+
+
+_GATED = dict.fromkeys(("q", "k", "v", "log_decay", "write"), TOKENS) | {"initial_state": STATE, "segment_ids": BATCH}
+
+gated_slot_attention = _over_mesh(ops.gated_slot_attention, context.gated_slot_attention, _GATED, (TOKENS, STATE))
+gated_linear_attention = _over_mesh(ops.gated_linear_attention, context.gated_linear_attention, _GATED, (TOKENS, STATE))
+abc_log_decay = _over_mesh(
+    ops.abc_log_decay,
+    context.abc_log_decay,
+    {"write_logits": TOKENS, "initial_normalizer": STATE, "segment_ids": BATCH},
+    (TOKENS, STATE),
+)
+short_convolution = _over_mesh(
+    ops.short_convolution,
+    context.short_convolution,
+    {"x": TOKENS, "kernel": P(None, RULES["heads"]), "initial_state": LAST_TOKENS, "segment_ids": BATCH},
+    (TOKENS, LAST_TOKENS),
+)
+softmax_attention = _over_mesh(
+    ops.softmax_attention, context.softmax_attention, dict.fromkeys("qkv", TOKENS) | {"segment_ids": BATCH}, TOKENS
+)
