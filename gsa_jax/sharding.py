@@ -19,6 +19,9 @@ RULES: dict[str | None, tuple[str, ...]] = {
 }
 """The mesh axes that each named axis is split over; the other axes are not split."""
 
+BATCH = P(RULES["batch"], RULES["length"])
+"""How arrays [batch, length] are split."""
+
 
 def partition_spec(names: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh | AbstractMesh | None = None) -> P:
     """How an array of that shape, whose axes have those names, is split over the mesh, by default the one in context.

@@ -17,10 +17,8 @@ from jax.sharding import PartitionSpec as P
 
 from gsa_jax import ops
 from gsa_jax.ops import context
-from gsa_jax.sharding import MESH_AXES, RULES
+from gsa_jax.sharding import BATCH, MESH_AXES, RULES
 
-BATCH = P(RULES["batch"], RULES["length"])
-"""How arrays [B, T] are cut."""
 TOKENS = P(*BATCH, RULES["heads"])
 """How arrays [B, T, heads, ...] and [B, T, channels] are cut."""
 STATE = P(RULES["batch"], RULES["heads"])

@@ -9,12 +9,9 @@ from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gsa_jax.sharding import MESH_AXES, partition_spec
+from gsa_jax.sharding import BATCH, MESH_AXES, partition_spec
 from gsa_jax.training.config import ConfigError, MeshConfig
 from gsa_jax.training.hosts import rows_of_host
-
-BATCH = P(("data", "fsdp"), "context")
-"""How a batch [batch, length] is split."""
 
 
 def make_mesh(config: MeshConfig) -> Mesh:

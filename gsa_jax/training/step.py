@@ -11,9 +11,10 @@ from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from gsa_jax.models import LanguageModel, ModelConfig
+from gsa_jax.sharding import BATCH
 from gsa_jax.training.loss import sharded_next_token_loss
 from gsa_jax.training.overlap import compiler_options
-from gsa_jax.training.sharding import BATCH, shardings
+from gsa_jax.training.sharding import shardings
 
 Batch = dict[str, jax.Array]
 
