@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import decays, tiles
-from pallas_kernels.tiles import SIZE
+from pallas_kernels.tiles import SIZE, SQUARE
 
 
 def chunk_gates(log_decay, write, dtype, interpret=None):
@@ -30,13 +30,13 @@ def chunk_gates(log_decay, write, dtype, interpret=None):
     num_chunks, num_blocks = pl.cdiv(length, SIZE), num_slots // SIZE
     operands = (log_decay,) if write is None else (log_decay, write)
 
-    def body(chunk, pool, constants, arrived, kept, wide, log_decay_ref, *refs):
-        *write_refs, parts_ref, key_ref, kept_ref = refs
+    def body(chunk, pool, constants, arrived, kept, *refs):
+        wide, (log_decay_ref, *write_refs, parts_ref, key_ref, kept_ref) = refs[: num_parts - 1], refs[num_parts - 1 :]
         b, gm, n = chunk
         g, slots = lax.div(gm, num_blocks), pl.ds(lax.rem(gm, num_blocks) * SIZE, SIZE)
         here = (b, pl.ds(n * SIZE, SIZE), g, slots)
         ones, key, write, *parts = (pool.at[i] for i in range(3 + num_parts))
-        kept, given = kept.at[0], parts[0] if num_parts == 1 else wide
+        (given,) = wide or parts
         plgpu.copy_gmem_to_smem(log_decay_ref.at[here], given, arrived["all"])
         for ref in write_refs:
             plgpu.copy_gmem_to_smem(ref.at[here], write, arrived["all"])
@@ -68,8 +68,7 @@ def chunk_gates(log_decay, write, dtype, interpret=None):
         dtype=dtype,
         tiles=3 + num_parts,
         constants=2,
-        vectors=1,
-        wide=num_parts == 2,
+        floats=[(SIZE,), *[SQUARE] * (num_parts - 1)],
         arrivals={"all": 1 + (write is not None)},
         interpret=interpret,
     )(decays.constant_tiles(dtype), *operands)

@@ -51,7 +51,7 @@ def gates_backward(reads, parts, mild, write, d_key, d_kept, *, out_dtype, inter
             plgpu.copy_gmem_to_smem(ref.at[b, tokens, h], pool.at[i], arrived["all"])
         for i, part in enumerate(parts):
             plgpu.copy_gmem_to_smem(parts_ref.at[i, b, tokens, g], part, arrived["all"])
-        plgpu.copy_gmem_to_smem(d_kept_ref.at[b, h, n], kept.at[0], arrived["all"])
+        plgpu.copy_gmem_to_smem(d_kept_ref.at[b, h, n], kept, arrived["all"])
         for ref in write_refs:
             plgpu.copy_gmem_to_smem(ref.at[b, tokens, g], written, arrived["all"])
         mild = mild_ref[b, g, n, 0] > 0
@@ -77,7 +77,7 @@ def gates_backward(reads, parts, mild, write, d_key, d_kept, *, out_dtype, inter
             lambda: of_pairs(reads, parts, written, constants.at[decays.THROUGH], work, d_log_decay, d_write),
             lambda: of_pairs_by_halving(reads, levels, written, pool.at[WORK], d_log_decay, d_write),
         )
-        d_log_decay += tiles.along_columns(plgpu.load(kept.at[0], layout=tiles.COLUMNS))
+        d_log_decay += tiles.along_columns(plgpu.load(kept, layout=tiles.COLUMNS))
         if not given:
             d_log_decay -= jnp.exp(decays.log_decay(parts)) * d_write
         for i, ref in enumerate(d_log_decay_refs):
@@ -98,7 +98,7 @@ def gates_backward(reads, parts, mild, write, d_key, d_kept, *, out_dtype, inter
         dtype=dtype,
         tiles=PARTS + num_parts,
         constants=2,
-        vectors=1,
+        floats=[(SIZE,)],
         arrivals={"all": 8 + num_parts + given, **decays.Levels.ARRIVALS},
         interpret=interpret,
     )(decays.constant_tiles(dtype), *operands)

@@ -64,7 +64,7 @@ def linear_read_backward(d_out, q, k, v, parts, mild, states, d_states, d_kept, 
         start()
         plgpu.copy_gmem_to_smem(q_ref.at[b, tokens, h, block], query, arrived["block"])
         plgpu.copy_gmem_to_smem(k_ref.at[b, tokens, g, block], key, arrived["block"])
-        plgpu.copy_gmem_to_smem(d_kept_ref.at[b, h, n, block], kept.at[0], arrived["block"])
+        plgpu.copy_gmem_to_smem(d_kept_ref.at[b, h, n, block], kept, arrived["block"])
         for i in range(num_parts):
             plgpu.copy_gmem_to_smem(parts_ref.at[i, b, tokens, g, block], parts[i], arrived["block"])
         mild = mild_ref[b, g, n, m] > 0
@@ -85,7 +85,7 @@ def linear_read_backward(d_out, q, k, v, parts, mild, states, d_states, d_kept, 
             lambda: of_pairs(query, key, scores, parts, through, work, gradients),
             lambda: of_pairs_by_halving(query, key, scores, levels, x, gradients),
         )
-        d_log_decay += tiles.along_columns(plgpu.load(kept.at[0], layout=tiles.COLUMNS))
+        d_log_decay += tiles.along_columns(plgpu.load(kept, layout=tiles.COLUMNS))
 
         def leave(tile, result, ref):
             tile[...] = result.astype(dtype)
@@ -108,7 +108,7 @@ def linear_read_backward(d_out, q, k, v, parts, mild, states, d_states, d_kept, 
         tiles=PARTS + num_parts,
         constants=2,
         arrivals={"block": 3 + num_parts, "step": (STAGES, 4), **decays.Levels.ARRIVALS},
-        vectors=1,
+        floats=[(SIZE,)],
         interpret=interpret,
     )(
         decays.constant_tiles(dtype),

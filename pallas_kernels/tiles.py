@@ -109,14 +109,13 @@ def kernel(name, body, *outputs, grid, interpret=None, auto_barriers=True, **thr
     return call
 
 
-def chunk_kernel(name, body, *outputs, shape, dtype, tiles, constants, arrivals, vectors=0, wide=None, interpret=None):
+def chunk_kernel(name, body, *outputs, shape, dtype, tiles, constants, arrivals, floats=(), interpret=None):
     """A kernel whose every warpgroup does one chunk of one head after another.
 
     `body((b, h, n), pool, constants, arrived, *refs)` does chunk n of head h of batch entry b, with scratch tiles
     [tiles, SIZE, SIZE] of its own, constant tiles [constants, SIZE, SIZE] that all share, and its barriers by name.
-    Then come float32 numbers [vectors, SIZE] of its own, if any, one float32 tile, or None without `wide`, unless that
-    is None, and the references to operands and outputs. The first operand is the array whose first tiles are the
-    constant ones.
+    Then come float32 scratch arrays of its own, of the shapes `floats`, and the references to operands and outputs. The
+    first operand is the array whose first tiles are the constant ones.
 
     Mosaic would put a barrier before and after every store and before every copy; here the body has them, three times
     fewer. `plgpu.commit_smem` and `plgpu.wait_smem_to_gmem` are such: all threads of the warpgroup have come there. One
@@ -137,7 +136,7 @@ def chunk_kernel(name, body, *outputs, shape, dtype, tiles, constants, arrivals,
         warpgroup = lax.axis_index("warpgroup")
         first = lax.axis_index("block") * warpgroups + warpgroup
 
-        def scoped(pool, shared, vectors, wides, barriers, arrived):
+        def scoped(pool, shared, numbers, barriers, arrived):
             @pl.when(warpgroup == 0)
             def _():
                 for i in range(constants):
@@ -154,8 +153,7 @@ def chunk_kernel(name, body, *outputs, shape, dtype, tiles, constants, arrivals,
                     pool.at[warpgroup],
                     shared,
                     {name: _own(barriers[name], warpgroup, n) for name, n in arrivals.items()},
-                    *(() if vectors is None else (vectors.at[warpgroup],)),
-                    *(() if wide is None else (wides.at[warpgroup] if wide else None,)),
+                    *(array.at[warpgroup] for array in numbers),
                     *refs,
                 )
                 # The next chunk's tiles go where threads may still read, and copies to memory too.
@@ -169,8 +167,7 @@ def chunk_kernel(name, body, *outputs, shape, dtype, tiles, constants, arrivals,
             scoped,
             scratch((warpgroups, tiles, *SQUARE), dtype),
             scratch((constants, *SQUARE), dtype) if constants else None,
-            scratch((warpgroups, vectors, SIZE)) if vectors else None,
-            scratch((warpgroups, *SQUARE)) if wide else None,
+            [scratch((warpgroups, *shape)) for shape in floats],
             {name: _barriers(warpgroups, n) for name, n in arrivals.items()},
             plgpu.Barrier(num_arrivals=max(constants, 1)),
             collective_axes="warpgroup",
