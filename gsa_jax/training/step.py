@@ -1,6 +1,7 @@
 """The state of a training run, and the two compiled functions that run over it: a training and an evaluation step."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -110,6 +111,16 @@ def compile_train_step(
     batch = dict.fromkeys(("inputs", "targets", "segment_ids"), array)
     placed = jax.tree.map(lambda x: x.sharding, like)
     return jax.jit(train_step, donate_argnums=0, out_shardings=(placed, None)).lower(like, batch).compile()
+
+
+def create_and_compile(
+    create: Callable[[], TrainState], train_step: Callable, like: TrainState, batch_shape: tuple[int, int], mesh: Mesh
+) -> tuple[TrainState, jax.stages.Compiled]:
+    """`create()` and, meanwhile, `compile_train_step(...)`: XLA compiles the one while Python lowers the other."""
+    with ThreadPoolExecutor(1) as thread:
+        state = thread.submit(create)
+        compiled = compile_train_step(train_step, like, batch_shape, mesh)
+        return state.result(), compiled
 
 
 def make_eval_step(graphdef: nnx.GraphDef) -> Callable[[nnx.State, Batch], dict[str, jax.Array]]:
