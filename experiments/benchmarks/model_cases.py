@@ -17,8 +17,8 @@ from gsa_jax.models import ModelConfig, abstract_model, count_parameters
 from gsa_jax.training import (
     MeshConfig,
     OptimizerConfig,
-    compile_train_step,
     compute_dtype,
+    create_and_compile,
     init_params,
     init_state,
     make_mesh,
@@ -65,10 +65,14 @@ def train(
     recipe = OptimizerConfig(), 1000
     optimizer, schedule = make_optimizer(*recipe), make_schedule(*recipe)
     create, like = init_state(config, optimizer, mesh, 0, jnp.dtype(param_dtype))
-    state = jax.block_until_ready(create())
-    stopwatch.done("init")
+
+    def create_and_wait():
+        state = jax.block_until_ready(create())
+        stopwatch.done("init")
+        return state
+
     train_step = make_train_step(_structure(config), optimizer, schedule)
-    train_step = compile_train_step(train_step, like, (batch, length), mesh)
+    state, train_step = create_and_compile(create_and_wait, train_step, like, (batch, length), mesh)
     stopwatch.done("compile")
     tokens = _random_tokens(config, batch, length + 1)
     ids = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "segment_ids": np.ones((batch, length), np.int32)}

@@ -27,8 +27,8 @@ from gsa_jax.training.optimizer import make_optimizer, make_schedule
 from gsa_jax.training.sharding import make_mesh, put_batch
 from gsa_jax.training.step import (
     TrainState,
-    compile_train_step,
     compute_dtype,
+    create_and_compile,
     init_state,
     make_eval_step,
     make_train_step,
@@ -116,8 +116,8 @@ def _run(
     graphdef, _ = nnx.split(abstract_model(config.model, dtype=compute_dtype(config.dtype)))
     optimizer = make_optimizer(config.optimizer, config.steps)
     create, like = init_state(config.model, optimizer, mesh, config.seed)
-    state = checkpoints.restore(like, batches) or create()
-    step = first = int(state.step)
+    restored = checkpoints.restore(like, batches)
+    step = first = int(restored.step) if restored else 0
     eval_step = jax.jit(make_eval_step(graphdef))
     with (
         Console() as console,
@@ -127,7 +127,8 @@ def _run(
         console.start(_description(config, mesh, first))
         schedule = make_schedule(config.optimizer, config.steps)
         train_step = make_train_step(graphdef, optimizer, schedule, config.accumulation)
-        train_step = compile_train_step(train_step, like, (config.batch_size, config.length), mesh)
+        make = (lambda: restored) if restored else create
+        state, train_step = create_and_compile(make, train_step, like, (config.batch_size, config.length), mesh)
         begin = time.perf_counter()
         window, window_begin = [], begin
         while step < config.steps:

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -128,6 +129,16 @@ def compile_train_step(
     with jax.set_mesh(mesh):
         lowered = jax.jit(train_step, donate_argnums=0, out_shardings=(placed, None)).lower(like, batch)
     return lowered.compile(compiler_options(mesh.size))
+
+
+def create_and_compile(
+    create: Callable[[], TrainState], train_step: Callable, like: TrainState, batch_shape: tuple[int, int], mesh: Mesh
+) -> tuple[TrainState, jax.stages.Compiled]:
+    """`create()` and, meanwhile, `compile_train_step(...)`: XLA compiles the one while Python lowers the other."""
+    with ThreadPoolExecutor(1) as thread:
+        state = thread.submit(create)
+        compiled = compile_train_step(train_step, like, batch_shape, mesh)
+        return state.result(), compiled
 
 
 def make_eval_step(graphdef: nnx.GraphDef) -> Callable[[nnx.State, Batch], dict[str, jax.Array]]:
