@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 SMALL_RUN = shlex.split(
-    "--model.hidden-size 32 --model.num-layers 1 --steps 2 --length 32 --batch-size 2 --eval-batches 1"
+    "--model.hidden-size 32 --model.num-layers 1 --steps 2 --length 1024 --batch-size 4 --eval-batches 1"
 )
 
 
@@ -72,14 +72,3 @@ def test_train_generate_evaluate_resume(tmp_path):
     assert finished.returncode == 0, finished.stderr
     assert (tmp_path / "runs/tiny/curve.png").stat().st_size > 10_000
     assert (tmp_path / "runs/tiny/evaluation.png").stat().st_size > 10_000
-
-
-SCRIPTS = ["language_model", "generate", "evaluate", "mqar", "plan"]
-BENCHMARKS = ["ops", "model", "step", "peers"]
-
-
-@pytest.mark.parametrize("script", [*SCRIPTS, *(f"benchmarks.{name}" for name in BENCHMARKS)])
-def test_help_reads_well(script, tmp_path):
-    finished = run([sys.executable, "-m", f"experiments.{script}", "--help"], tmp_path)
-    assert finished.returncode == 0, finished.stderr
-    assert "usage:" in finished.stdout

@@ -14,7 +14,6 @@ from experiments.benchmarks import model, peers
 from experiments.benchmarks.model_report import as_table, describe, draw, remarks
 from experiments.provenance import device_name
 from gsa_jax.models import count_parameters, preset
-from tests.training.tiny import FAST_COMPILE
 
 RECORDED = Path(__file__).parents[2] / "experiments/results/peers-h200/model.json"
 
@@ -119,9 +118,7 @@ TINY = model.Config(
 )
 
 
-def test_a_run_of_the_tiny_model_writes_json_and_a_plot(tmp_path, monkeypatch, capfd):
-    for name, value in FAST_COMPILE.items():
-        monkeypatch.setenv(name, value)
+def test_a_run_of_the_tiny_model_writes_json_and_a_plot(tmp_path, capfd):
     out = tmp_path / "deep" / "tiny.json"
     start = time.time()
     result = model.main(dataclasses.replace(TINY, out=out))

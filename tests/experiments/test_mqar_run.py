@@ -40,7 +40,7 @@ def run_command(*arguments):
         [sys.executable, "-m", "experiments.mqar", *map(str, arguments)],
         capture_output=True,
         text=True,
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "COLUMNS": "120"},
+        env=os.environ | {"COLUMNS": "120"},
     )
 
 

@@ -1,9 +1,39 @@
-"""The scripts' answers to mistakes."""
+"""The scripts' help, and their answers to mistakes."""
 
-import subprocess
+import runpy
 import sys
 
 import pytest
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """`python -m experiments.SCRIPT ARGUMENTS` in this process and an empty folder: (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(script, *arguments):
+        monkeypatch.setattr(sys, "argv", [script, *arguments])
+        with pytest.raises(SystemExit) as exit_:
+            runpy.run_module(f"experiments.{script}", run_name="__main__", alter_sys=True)
+        return exit_.value.code, *capsys.readouterr()
+
+    return run
+
+
+SCRIPTS = ["language_model", "generate", "evaluate", "mqar", "plan"]
+BENCHMARKS = ["ops", "model", "step", "peers"]
+
+
+@pytest.mark.parametrize(
+    "script",
+    [*SCRIPTS, *(f"benchmarks.{name}" for name in BENCHMARKS)],
+)
+def test_help_reads_well(script, run):
+    code, stdout, _ = run(script, "--help")
+    assert code == 0
+    assert "usage:" in stdout
 
 
 @pytest.mark.parametrize(
@@ -39,10 +69,8 @@ import pytest
         (["benchmarks.peers", "gsa-63"], "unknown cases: gsa-63; known are gsa-512-1k, gsa-512-2k"),
     ],
 )
-def test_mistakes_end_in_one_line_and_exit_code_2(arguments, message, tmp_path):
-    command = [sys.executable, "-m", f"experiments.{arguments[0]}", *arguments[1:]]
-    finished = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert finished.returncode == 2, finished.stderr
-    assert message in finished.stderr
-    assert "Traceback" not in finished.stderr
+def test_mistakes_end_in_one_line_and_exit_code_2(arguments, message, run, tmp_path):
+    code, _, stderr = run(*arguments)
+    assert code == 2
+    assert message in stderr
     assert not (tmp_path / "runs").exists()

@@ -9,7 +9,6 @@ from flax import nnx
 from gsa_jax.generation import SamplingConfig, generate, stream
 from gsa_jax.generation.generate import _for_decoding
 from gsa_jax.models import LanguageModel
-from tests.layers.cases import compiled
 from tests.models.cases import PAIRS, VOCABULARY, config, model, token_ids
 
 PROMPT = token_ids(5)
@@ -29,7 +28,7 @@ def test_greedy_tokens_are_the_most_likely_of_the_whole_sequence(name, unroll):
     lm = model(config(PAIRS[name]))
     tokens = generate(lm, PROMPT, NUM_TOKENS, sampling=GREEDY, unroll=unroll)
     assert tokens.shape == (2, NUM_TOKENS) and tokens.dtype == jnp.int32
-    logits, _ = compiled(lambda lm, tokens: lm(tokens))(lm, jnp.concatenate([PROMPT, tokens], axis=1))
+    logits, _ = jax.jit(lambda lm, tokens: lm(tokens))(lm, jnp.concatenate([PROMPT, tokens], axis=1))
     np.testing.assert_array_equal(tokens, jnp.argmax(logits[:, 4:-1], axis=-1))
 
 

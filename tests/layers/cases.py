@@ -1,6 +1,5 @@
 """The mixers the tests run: each one as it comes, and with every setting that changes its computation."""
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -17,9 +16,7 @@ from gsa_jax.layers import (
     RetentionConfig,
     SoftmaxAttentionConfig,
 )
-from tests.ops.cases import QUICK_COMPILE
 
-compiled = functools.partial(jax.jit, compiler_options=QUICK_COMPILE)
 HIDDEN = 16
 GROUPED = {"num_heads": 4, "num_kv_heads": 2}
 TOLERANCE = 2e-5
@@ -78,17 +75,17 @@ class Layer:
         definition, self.parameters = nnx.split(self.module)
         inputs = dict(self.variant.inputs)
 
-        @compiled
+        @jax.jit
         def call(parameters, x, state, segment_ids):
             return nnx.merge(definition, parameters)(x, state, segment_ids, **inputs)
 
-        @compiled
+        @jax.jit
         def call_with_gradient(parameters, x, cotangent, state, segment_ids):
             module = nnx.merge(definition, parameters)
             y, pullback, state = jax.vjp(lambda x: module(x, state, segment_ids, **inputs), x, has_aux=True)
             return y, state, pullback(cotangent)[0]
 
-        @compiled
+        @jax.jit
         def steps(parameters, x, state):
             def step(state, token):
                 return nnx.merge(definition, parameters).step(token, state, **inputs)[::-1]

@@ -7,7 +7,7 @@ import pytest
 
 from gsa_jax.layers import SoftmaxAttentionConfig
 from tests.helpers import rel_err
-from tests.layers.cases import HIDDEN, TOLERANCE, Variant, compiled, tokens
+from tests.layers.cases import HIDDEN, TOLERANCE, Variant, tokens
 
 X = tokens(14)
 
@@ -17,12 +17,12 @@ def attention(window=None):
     return Variant("softmax", SoftmaxAttentionConfig(num_heads=2, window=window)).build()
 
 
-@compiled
+@jax.jit
 def call(layer, x, cache=None, segment_ids=None):
     return layer(x, cache, segment_ids)
 
 
-@compiled
+@jax.jit
 def decode(layer, x, cache):
     """`step` token by token inside one scan, which holds the cache's shape to what it was."""
     cache, y = jax.lax.scan(lambda cache, token: layer.step(token, cache)[::-1], cache, x.swapaxes(0, 1))

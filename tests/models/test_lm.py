@@ -11,7 +11,6 @@ from flax import nnx
 from gsa_jax.layers import lower_bounds
 from gsa_jax.models import LanguageModel
 from tests.helpers import rel_err
-from tests.layers.cases import compiled
 from tests.layers.definitions import rms_norm
 from tests.models.cases import PAIRS, VOCABULARY, config, model, token_ids
 
@@ -26,19 +25,19 @@ def lm(request):
     return model(config(PAIRS[request.param]))
 
 
-@compiled
+@jax.jit
 def run(model, tokens, state=None, segment_ids=None):
     return model(tokens, state, segment_ids)
 
 
-@compiled
+@jax.jit
 def steps(model, tokens, state):
     """`step` token by token inside one scan: (logits, state)."""
     state, logits = jax.lax.scan(lambda state, token: model.step(token, state)[::-1], state, tokens.T)
     return logits.swapaxes(0, 1), state
 
 
-@compiled
+@jax.jit
 def loss_and_gradients(model, tokens):
     definition, parameters = nnx.split(model)
 
@@ -66,7 +65,7 @@ def test_gradients_reach_every_parameter(lm):
 def test_the_scan_over_depth_is_block_after_block(name, settings):
     lm, tokens = model(config(PAIRS[name], **settings)), token_ids(LENGTH)
 
-    @compiled
+    @jax.jit
     def blocks_in_turn(lm, tokens):
         x, mixers = lm.embedding(tokens), lm.config.mixers
         bounds = lower_bounds(lm.lower_bounds[...]) if "hgrn2" in mixers else None
@@ -165,7 +164,7 @@ def test_bfloat16():
 
 
 def test_a_new_model_predicts_about_uniformly():
-    lm = compiled(lambda: LanguageModel(config(("gsa",), tie_embeddings=True), rngs=nnx.Rngs(0)))()
+    lm = jax.jit(lambda: LanguageModel(config(("gsa",), tie_embeddings=True), rngs=nnx.Rngs(0)))()
     log_probabilities = jax.nn.log_softmax(run(lm, token_ids(LENGTH))[0])
     np.testing.assert_allclose(log_probabilities, -np.log(VOCABULARY), atol=0.5)
     first, second = (lm.blocks[0].mixer.out.kernel[i] for i in range(2))

@@ -12,8 +12,6 @@ from tests.helpers import rel_err
 from tests.ops import oracle
 
 TOLERANCE = {jnp.float32: 2e-5, jnp.bfloat16: 1e-2}
-QUICK_COMPILE = {"xla_backend_optimization_level": 0}
-"""Compiles three times as fast: these tests compile much and run little."""
 
 
 class Sizes(NamedTuple):
@@ -49,13 +47,13 @@ IMPLEMENTATIONS = ("scan", "chunked")
 _STATIC = ("op", "implementation", "chunk_size", "scale")
 
 
-@functools.partial(jax.jit, static_argnames=_STATIC, compiler_options=QUICK_COMPILE)
+@functools.partial(jax.jit, static_argnames=_STATIC)
 def outputs(op, arrays, segment_ids=None, **options):
     """The outputs of `op`, compiled."""
     return op(arrays, segment_ids=segment_ids, **options)
 
 
-@functools.partial(jax.jit, static_argnames=_STATIC, compiler_options=QUICK_COMPILE)
+@functools.partial(jax.jit, static_argnames=_STATIC)
 def outputs_and_gradients(op, arrays, cotangents, segment_ids=None, **options):
     """(outputs, gradients by the inputs' names) of `op`, compiled."""
     results, pullback = jax.vjp(lambda arrays: op(arrays, segment_ids=segment_ids, **options), arrays)

@@ -19,7 +19,7 @@ from jax.sharding import AxisType
 from gsa_jax.ops import sharded, softmax
 from gsa_jax.sharding import MESH_AXES
 from tests.helpers import rel_err
-from tests.ops.cases import GATES, QUICK_COMPILE
+from tests.ops.cases import GATES
 
 B, T, H, G, K, V, M, W = 4, 32, 4, 2, 6, 5, 7, 4
 DOCUMENTS = np.stack([np.arange(T) // 3, np.arange(T) // 8, np.repeat([0, 1, 0], [5, 8, 19]), np.zeros(T, int)])
@@ -106,7 +106,7 @@ def compiled(case: Case):
     mesh = jax.make_mesh(sizes, MESH_AXES, (AxisType.Auto,) * 4, devices=jax.devices()[: math.prod(sizes)])
     _, arrays = operands(case.op, case.state)
     with jax.set_mesh(mesh):
-        program = jax.jit(functools.partial(outputs_and_gradients, case), compiler_options=QUICK_COMPILE)
+        program = jax.jit(functools.partial(outputs_and_gradients, case))
         program = program.lower(arrays).compile()
         return program(arrays), program.as_text()
 

@@ -8,9 +8,9 @@ import pytest
 from gsa_jax.ops import abc_log_decay, abc_log_decay_step, write_strength
 from tests.helpers import rel_err
 from tests.ops import oracle
-from tests.ops.cases import QUICK_COMPILE, Sizes, assert_all_close, make_case, slot_attention
+from tests.ops.cases import Sizes, assert_all_close, make_case, slot_attention
 
-gate = jax.jit(abc_log_decay, compiler_options=QUICK_COMPILE)
+gate = jax.jit(abc_log_decay)
 SIZES = Sizes(B=2, T=50, H=4, G=2, K=6, V=5, M=4)
 
 
@@ -51,7 +51,7 @@ def test_inside_slot_attention():
         log_decay, last = abc_log_decay(arrays["write_logits"], initial_normalizer=arrays.get("normalizer"))
         return slot_attention(arrays | {"log_decay": log_decay}, chunk_size=8) | {"normalizer": last}
 
-    @jax.jit(compiler_options=QUICK_COMPILE)
+    @jax.jit
     def run(arrays):
         outputs, pullback = jax.vjp(mixer, arrays)
         return outputs, pullback(cotangents)[0]
@@ -126,9 +126,7 @@ def test_gradients_stop_at_document_borders_and_are_finite():
         return jnp.sum(jnp.exp(log_decay[:, 20:])) + jnp.sum(last)
 
     with jax.debug_nans(True):
-        d_logits, d_normalizer = jax.jit(jax.grad(second_document, (0, 1)), compiler_options=QUICK_COMPILE)(
-            logits, normalizer
-        )
+        d_logits, d_normalizer = jax.jit(jax.grad(second_document, (0, 1)))(logits, normalizer)
     assert not np.any(d_logits[:, :20]) and not np.any(d_normalizer)
     assert np.all(np.isfinite(d_logits)) and np.any(d_logits[:, 20:])
 

@@ -12,7 +12,6 @@ from tests.ops.cases import (
     GATES,
     IMPLEMENTATIONS,
     OPS,
-    QUICK_COMPILE,
     TOLERANCE,
     Sizes,
     assert_all_close,
@@ -24,7 +23,6 @@ from tests.ops.cases import (
 )
 
 SIZES = Sizes(B=2, T=20, H=4, G=2, K=6, V=6, M=5)
-quick_jit = functools.partial(jax.jit, compiler_options=QUICK_COMPILE)
 
 
 def inner(x, y):
@@ -77,7 +75,7 @@ def test_scan_over_rematerialized_layers(op):
         return jnp.vdot(x, cotangents["out"])
 
     gradients = [
-        quick_jit(jax.value_and_grad(functools.partial(loss, implementation=name), (0, 1)))(
+        jax.jit(jax.value_and_grad(functools.partial(loss, implementation=name), (0, 1)))(
             arrays["q"], arrays["log_decay"]
         )
         for name in IMPLEMENTATIONS
@@ -101,9 +99,9 @@ def test_derivatives_of_derivatives(op):
         gradient = jax.grad(value(op, implementation, cotangents, chunk_size=4))
         return jax.grad(lambda arrays: inner(gradient(arrays), tangents))(arrays)
 
-    reference = quick_jit(forward_over_reverse, static_argnums=1)(arrays, "scan")
+    reference = jax.jit(forward_over_reverse, static_argnums=1)(arrays, "scan")
     for product in (forward_over_reverse, reverse_over_reverse):
-        results = quick_jit(product, static_argnums=1)(arrays, "chunked")
+        results = jax.jit(product, static_argnums=1)(arrays, "chunked")
         assert_close(results, reference, TOLERANCE[jnp.float32], product.__name__)
 
 
@@ -112,7 +110,7 @@ def test_forward_mode_agrees_with_reverse_mode(op):
     arrays, cotangents = make_case(op, SIZES, gates="all kinds")
     tangents, _ = make_case(op, SIZES, seed=1)
     function = value(op, "chunked", cotangents)
-    primal, tangent = quick_jit(lambda *x: jax.jvp(function, *x))((arrays,), (tangents,))
+    primal, tangent = jax.jit(lambda *x: jax.jvp(function, *x))((arrays,), (tangents,))
     outputs, gradients = expected(op, arrays, cotangents)
     assert primal == pytest.approx(sum(np.vdot(outputs[name], cotangents[name]) for name in outputs), rel=1e-4)
     assert tangent == pytest.approx(sum(np.vdot(gradients[name], tangents[name]) for name in arrays), rel=1e-4)
@@ -122,7 +120,8 @@ def test_forward_mode_agrees_with_reverse_mode(op):
 def test_no_nan(op):
     """Under `jax_debug_nans`; in jit as jax compiles it by default."""
     function = value(op, "chunked", make_case(op, SIZES)[1])
-    gradient = jax.jit(jax.grad(function))
+    optimized = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
+    gradient = jax.jit(jax.grad(function), compiler_options=optimized)
     with jax.debug_nans(True):
         for gates in GATES:
             arrays, _ = make_case(op, SIZES, gates=gates)
@@ -134,7 +133,7 @@ def test_no_nan(op):
 def test_as_on_an_accelerator(op, dtype, monkeypatch):
     """The whole sequence as one span, and sums of log decays as products, as where the backend is not a CPU."""
 
-    @quick_jit
+    @jax.jit
     def run(arrays, cotangents):
         outputs, pullback = jax.vjp(lambda arrays: op(arrays, implementation="chunked"), arrays)
         return outputs, pullback(cotangents)[0]

@@ -16,7 +16,7 @@ import pytest
 from gsa_jax.training import ConfigError, hosts, initialize_hosts, read_metrics
 from gsa_jax.training.data import DataError, HostBatches
 from gsa_jax.training.hosts import rows_of_host, together
-from tests.training.tiny import FAST_COMPILE, run_config
+from tests.training.tiny import run_config
 
 
 def free_port():
@@ -27,7 +27,7 @@ def free_port():
 
 def start(command, devices, **environment):
     flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
-    environment = os.environ | FAST_COMPILE | flags | environment
+    environment = os.environ | flags | environment
     command = [sys.executable, "-m", *map(str, command)]
     return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 

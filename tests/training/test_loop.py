@@ -23,7 +23,7 @@ from gsa_jax.training import (
     read_metrics,
     train,
 )
-from tests.training.tiny import FAST_COMPILE, MODEL, run_config
+from tests.training.tiny import MODEL, run_config
 
 # Trains, and kills itself with signal 9 before its 11th step, two steps after a checkpoint.
 KILLED_RUN = """
@@ -100,7 +100,7 @@ def test_killed_and_resumed_gives_the_same_numbers_to_the_bit(folder, finished):
     config = dataclasses.replace(finished[0], run_dir=str(folder / "killed"))
     (folder / "killed.json").write_text(config.to_json())
     command = [sys.executable, "-c", KILLED_RUN, str(folder / "killed.json")]
-    done = subprocess.run(command, env=os.environ | FAST_COMPILE, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert curves(config.run_dir)[-1]["step"] == 10
     summary = train(config, resume=True)

@@ -7,8 +7,6 @@ import sys
 
 import pytest
 
-from tests.training.tiny import FAST_COMPILE
-
 MESHES = [
     {"fsdp": 8},
     {"data": 2, "tensor": 4},
@@ -22,7 +20,7 @@ MATRICES, VECTORS = 10, 4
 
 @pytest.fixture(scope="module")
 def results():
-    environment = os.environ | FAST_COMPILE | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
     command = [sys.executable, "-m", "tests.training.meshes", json.dumps(MESHES)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

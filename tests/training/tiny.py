@@ -8,9 +8,6 @@ from gsa_jax.layers import GatedSlotAttentionConfig, SoftmaxAttentionConfig
 from gsa_jax.models import ModelConfig
 from gsa_jax.training import DataConfig, OptimizerConfig, TrainConfig
 
-FAST_COMPILE = {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-"""The environment of processes that tests start, to compile what the tests themselves do."""
-
 MODEL = ModelConfig(
     vocab_size=257,
     hidden_size=16,

@@ -244,7 +244,7 @@ def test_a_file_tokenizer_reaches_the_batches(tmp_path):
 # Bad input
 
 
-def test_a_short_corpus_names_both_numbers(tmp_path):
+def test_a_short_corpus_names_both_numbers(tmp_path, rows_in_order):
     config = make_config(tmp_path, ["ab", "cd"])
     with pytest.raises(DataError, match=r"corpus\.jsonl': the training split has 6 tokens, expected at least length=7"):
         training_batches(config, batch_size=1, length=7, seed=0)
