@@ -109,7 +109,7 @@ class Pairs:
       through: prod(a[first..i]) at token i, float32 in registers.
     """
 
-    def __init__(self, mild, levels, write, constants, *, derived):
+    def __init__(self, mild, levels, write, constants, *, derived, rest=None):
         """
         Args:
           mild: whether the chunk is, a scalar.
@@ -117,20 +117,30 @@ class Pairs:
           write: a tile that holds w, or that is free if `derived`; from now on it belongs to this object.
           constants: `constant_tiles`.
           derived: whether w is 1 - exp(log decay).
+          rest: a tile for what rounding takes from the factors of mild gates, which a softmax would make larger; it may
+            hold the second part of the log decays.
         """
         self.mild, self.levels, self.write, self.window = mild, levels, write, constants.at[THROUGH]
+        self.factors = (write,) if rest is None else (write, rest)
         cumulative = LOG2_E * window_sum(self.window, levels.parts)
         self.through = jnp.exp2(cumulative)
         strength = write_strength(log_decay(levels.parts)) if derived else load(write)
         strength = lax.cond(mild, lambda: strength * jnp.exp2(-cumulative), lambda: strength)
         write[...] = strength.astype(write.dtype)
+        if rest is not None:
+            plgpu.commit_smem()
+
+            @pl.when(mild)
+            def _():
+                rest[...] = (strength - strength.astype(write.dtype).astype(jnp.float32)).astype(rest.dtype)
+
         plgpu.commit_smem()
 
     def sums(self, scores):
         """Σ_{j<=i} A_ij w_jm D_ijm: float32 [SIZE, SIZE] from a tile that holds A_ij for j <= i, else 0."""
 
         def at_once():
-            return self.through * product((scores, self.write))
+            return self.through * product(*((scores, factor) for factor in self.factors))
 
         return lax.cond(self.mild, at_once, lambda: self.levels.sums(scores, self.write))
 
@@ -139,7 +149,7 @@ class Pairs:
 
         def at_once():
             reading = (p * self.through).astype(self.write.dtype)
-            return product((reading, transposed(self.write)))
+            return product(*((reading, transposed(factor)) for factor in self.factors))
 
         return lax.cond(self.mild, at_once, lambda: self.levels.scores(p, self.write))
 

@@ -10,7 +10,7 @@ from pallas_kernels.tiles import SIZE
 
 KEY_STAGES, VALUE_TILES = 3, 8
 """in flight of the loops over channels: steps of three tiles, and tiles"""
-OUT, WRITE, SCORES, PARTS = range(VALUE_TILES, VALUE_TILES + 4)
+OUT, WRITE, SCORES, PARTS, REST = range(VALUE_TILES, VALUE_TILES + 5)
 """scratch tiles: the first loop's last one, then those behind the loops'"""
 
 
@@ -43,7 +43,8 @@ def slot_read(q, k, v, parts, mild, write, keys, values, *, scale, num_slots, re
         out_ref, *residual_refs = outputs
         b, h, n = chunk
         g, tokens = lax.div(h, num_heads // num_groups), pl.ds(n * SIZE, SIZE)
-        out, written, scores, *parts = (pool.at[i] for i in range(OUT, PARTS + num_parts))
+        out, written, scores = (pool.at[i] for i in (OUT, WRITE, SCORES))
+        parts, rest = [pool.at[PARTS + i] for i in range(num_parts)], pool.at[REST]
         reader = parts[0]  # once the log decays are used up
 
         def save(index, tile):
@@ -84,7 +85,7 @@ def slot_read(q, k, v, parts, mild, write, keys, values, *, scale, num_slots, re
         mild = mild_ref[b, g, n, 0] > 0
         plgpu.barrier_wait(arrived["gates"])
         levels = decays.Levels(levels_ref, parts, pool, 0 + mild_ref[b, g, n, 0], arrived)
-        pairs = decays.Pairs(mild, levels, written, constants, derived=not write_refs)
+        pairs = decays.Pairs(mild, levels, written, constants, derived=not write_refs, rest=rest)
 
         qk, logits = finish_keys()
         pl.when(mild)(start_values)
@@ -120,7 +121,7 @@ def slot_read(q, k, v, parts, mild, write, keys, values, *, scale, num_slots, re
         *outputs,
         shape=(batch_size, num_heads, keys.shape[2]),
         dtype=dtype,
-        tiles=PARTS + num_parts,
+        tiles=REST + 1,
         constants=1,
         arrivals={
             "key": (KEY_STAGES, 3),

@@ -9,7 +9,7 @@ from pallas_kernels.tiles import SIZE
 
 VALUE_STAGES, KEY_TILES = 3, 8
 """in flight of the loops over channels: steps of three tiles, and tiles"""
-OUT, WRITE, SCORES, PARTS = range(KEY_TILES, KEY_TILES + 4)
+OUT, WRITE, SCORES, PARTS, REST = range(KEY_TILES, KEY_TILES + 5)
 """scratch tiles: the first loop's last one, then those behind the loops'"""
 
 
@@ -38,7 +38,8 @@ def slot_read_backward(d_out, k, v, parts, mild, write, keys, values, p, *, scal
         dq_ref, d_scores_ref, d_before_ref, ds_ref, b_ref, key_ref, value_ref = outputs
         b, h, n = chunk
         g, tokens = lax.div(h, num_heads // num_groups), pl.ds(n * SIZE, SIZE)
-        out, written, scores, *parts = (pool.at[i] for i in range(OUT, PARTS + num_parts))
+        out, written, scores = (pool.at[i] for i in (OUT, WRITE, SCORES))
+        parts, rest = [pool.at[PARTS + i] for i in range(num_parts)], pool.at[REST]
         reader = parts[0]  # once the log decays are used up
 
         def save(ref, x, tile=out):
@@ -83,7 +84,7 @@ def slot_read_backward(d_out, k, v, parts, mild, write, keys, values, p, *, scal
         plgpu.barrier_wait(arrived["gates"])
         p = tiles.load(scores)
         levels = decays.Levels(levels_ref, parts, pool, 0 + mild_ref[b, g, n, 0], arrived)
-        pairs = decays.Pairs(mild, levels, written, constants, derived=not write_refs)
+        pairs = decays.Pairs(mild, levels, written, constants, derived=not write_refs, rest=rest)
 
         d_scores, dp = finish_values()
         pl.when(mild)(start_keys)
@@ -108,7 +109,7 @@ def slot_read_backward(d_out, k, v, parts, mild, write, keys, values, p, *, scal
         *[(per_token, dtype)] * 6,
         shape=(batch_size, num_heads, keys.shape[2]),
         dtype=dtype,
-        tiles=PARTS + num_parts,
+        tiles=REST + 1,
         constants=1,
         arrivals={
             "value": (VALUE_STAGES, 3),

@@ -27,7 +27,7 @@ def option(name, value):
         (Sizes(1, 131072, 4, 4, 64, 128, 64), {}),
         (Sizes(1, 256, 2, 2, 128, 64, 16), {"dtype": F16, "gates_dtype": F16}),
         (Sizes(2, 100, 4, 2, 256, 64, 64), {"dtype": F16, "gates_dtype": BF16, "write": True}),
-        (Sizes(1, 1, 4, 1, 64, 256, 32), {"gates_dtype": BF16}),
+        (Sizes(1, 2, 4, 1, 64, 256, 32), {"gates_dtype": BF16}),
         (Sizes(1, 256, 2, 1, 512, 128, 64), {"write": True}),
         (Sizes(2, 100, 2, 2, 128, 512, 32), {"gates_dtype": F16, "write": True}),
     ],
