@@ -47,6 +47,8 @@ class Config:
     """Of the recurrences; the fastest that fits by default."""
     remat: Literal["none", "dots", "full"] | None = None
     """What the backward pass recomputes of a block; the preset's own choice by default."""
+    unroll: int | None = None
+    """Repeats of the mixers' pattern in one turn of the loop over the depth; the preset's own number by default."""
     decode_batches: tuple[int, ...] = (1, 16)
     """Decoding: rows; none at all if nothing is named."""
     prompt: int = 2048
@@ -72,7 +74,7 @@ class Config:
     @property
     def model(self) -> ModelConfig:
         """The preset with what was asked for instead of its own."""
-        changes = {"implementation": self.implementation, "remat": self.remat}
+        changes = {"implementation": self.implementation, "remat": self.remat, "unroll": self.unroll}
         return dataclasses.replace(preset(self.preset), **{name: value for name, value in changes.items() if value})
 
 

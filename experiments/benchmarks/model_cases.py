@@ -72,7 +72,9 @@ def train(
         return state
 
     train_step = make_train_step(_structure(config), optimizer, schedule)
-    state, train_step = create_and_compile(create_and_wait, train_step, like, (batch, length), mesh)
+    state, train_step = create_and_compile(
+        create_and_wait, train_step, like, (batch, length), mesh, unrolled=config.unrolled
+    )
     stopwatch.done("compile")
     tokens = _random_tokens(config, batch, length + 1)
     ids = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "segment_ids": np.ones((batch, length), np.int32)}

@@ -42,6 +42,9 @@ class ModelConfig:
     """of the recurrences; the fastest that fits by default"""
     remat: Literal["none", "dots", "full"] = "none"
     """what the backward pass recomputes of a block: nothing, all but the matrix products, or everything"""
+    unroll: int = 1
+    """repeats of the pattern in one turn of the loop over the depth; with all of them there is no loop, which saves its
+    copies into and out of stacks of layers, and compiles for longer"""
 
     gsa: GatedSlotAttentionConfig = field(default_factory=GatedSlotAttentionConfig)
     """Gated Slot Attention"""
@@ -70,6 +73,11 @@ class ModelConfig:
             )
         if self.remat not in ("none", "dots", "full"):
             raise ValueError(f"remat must be one of none, dots, full, got {self.remat!r}")
+
+    @property
+    def unrolled(self):
+        """Whether the blocks stand one after another, without a loop over the depth."""
+        return self.unroll * len(self.mixers) >= self.num_layers
 
     @property
     def resolved_mlp_size(self):

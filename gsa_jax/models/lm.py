@@ -41,7 +41,8 @@ class LanguageModel(nnx.Module):
     """A causal language model: embedding, blocks, norm, head.
 
     The blocks of one pattern of mixers are one step of a `lax.scan` over the depth, so that compile time does not grow
-    with the number of layers. `blocks[i]` holds the parameters of position i of the pattern, stacked over its repeats.
+    with the number of layers; `config.unroll` makes the loop shorter or none at all. `blocks[i]` holds the parameters
+    of position i of the pattern, stacked over its repeats.
     Parameters are float32; activations have `dtype`, logits are float32.
     """
 
@@ -98,7 +99,8 @@ class LanguageModel(nnx.Module):
             return x, tuple(new_states)
 
         x = constrain(self._embed(tokens), "batch", "length", None)
-        x, state = lax.scan(self._remat(repeat), x, (parameters, state, self._lower_bounds()))
+        layers = (parameters, state, self._lower_bounds())
+        x, state = lax.scan(self._remat(repeat), x, layers, unroll=self.config.unroll)
         return self.norm(x), state
 
     def _embed(self, tokens):
@@ -173,7 +175,8 @@ class LanguageModel(nnx.Module):
         policy = None
         if self.config.remat == "dots":
             policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-        return jax.checkpoint(function, policy=policy, prevent_cse=False)
+        # Without a loop between them XLA would have the backward pass use what the forward pass had, and so save it.
+        return jax.checkpoint(function, policy=policy, prevent_cse=self.config.unroll > 1)
 
     def _lower_bounds(self):
         """HGRN2's lower bounds, [repeats, mixers of the pattern, D]; None without HGRN2."""

@@ -128,7 +128,8 @@ def _run(
         schedule = make_schedule(config.optimizer, config.steps)
         train_step = make_train_step(graphdef, optimizer, schedule, config.accumulation)
         make = (lambda: restored) if restored else create
-        state, train_step = create_and_compile(make, train_step, like, (config.batch_size, config.length), mesh)
+        batch_shape, unrolled = (config.batch_size, config.length), config.model.unrolled
+        state, train_step = create_and_compile(make, train_step, like, batch_shape, mesh, unrolled=unrolled)
         begin = time.perf_counter()
         window, window_begin = [], begin
         while step < config.steps:

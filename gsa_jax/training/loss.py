@@ -1,5 +1,6 @@
 """Cross-entropy of the next token, without ever holding the logits of all tokens."""
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -23,9 +24,9 @@ def next_token_loss(
 ) -> tuple[jax.Array, jax.Array]:
     """Sums of -log softmax(logits(hidden))[target] over the tokens under `mask`, and their number.
 
-    The logits are computed for a chunk of every row at a time and again in the backward pass, so memory holds
-    [B, chunk_size, vocab] of them. What `logits` closes over gets its gradient summed over chunks in its own dtype,
-    that of the parameters.
+    The logits are computed for a chunk of every row at a time, so memory holds [B, chunk_size, vocab] of them. Their
+    gradient follows at once, where one is wanted: the backward pass has no logits to compute again, only to scale. What
+    `logits` closes over gets its gradient summed over chunks in its own dtype, that of the parameters.
 
     Args:
       logits: the model's head, [B, t, D] -> [B, t, vocab] for any t.
@@ -44,13 +45,9 @@ def next_token_loss(
     chunks = -(-length // chunk_size)
     chunk_size = -(-length // chunks)
 
-    @jax.checkpoint
-    def add_chunk(total, chunk):
-        hidden, targets, mask = chunk
-        return total + jnp.sum(_cross_entropy(logits(hidden), targets), where=mask), None
-
     xs = [_split(x, chunks, chunk_size) for x in (hidden, targets, mask)]
-    total, _ = jax.lax.scan(add_chunk, jnp.zeros_like(hidden, jnp.float32, shape=()), xs)
+    logits, parameters = jax.closure_convert(logits, xs[0][0])
+    total = _sum_over_chunks(logits, parameters, *xs)
     return total, jnp.sum(mask, dtype=jnp.int32)
 
 
@@ -77,6 +74,44 @@ def sharded_next_token_loss(
         total_of_all, in_specs=(P(), tokens, tokens, tokens), out_specs=P(), axis_names=set(axes)
     )
     return over_tokens(constrain(head, None, "vocab"), hidden, targets, mask)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _sum_over_chunks(logits, parameters, hidden, targets, mask):
+    """The loss of chunks [N, B, t, ...], from logits(hidden of a chunk, *parameters)."""
+
+    def add_chunk(total, chunk):
+        return total + _chunk_loss(logits, parameters, *chunk), None
+
+    return jax.lax.scan(add_chunk, _zero(hidden), (hidden, targets, mask))[0]
+
+
+def _sum_and_gradients(logits, parameters, hidden, targets, mask):
+    loss_and_gradients = jax.value_and_grad(functools.partial(_chunk_loss, logits), (0, 1))
+
+    def add_chunk(sums, chunk):
+        loss, (d_parameters, d_hidden) = loss_and_gradients(parameters, *chunk)
+        return jax.tree.map(jnp.add, sums, (loss, d_parameters)), d_hidden
+
+    zeros = _zero(hidden), jax.tree.map(jnp.zeros_like, parameters)
+    (total, d_parameters), d_hidden = jax.lax.scan(add_chunk, zeros, (hidden, targets, mask))
+    return total, (d_parameters, d_hidden)
+
+
+def _scale_gradients(logits, gradients, cotangent):
+    scaled = jax.tree.map(lambda gradient: (cotangent * gradient).astype(gradient.dtype), gradients)
+    return *scaled, None, None
+
+
+_sum_over_chunks.defvjp(_sum_and_gradients, _scale_gradients)
+
+
+def _chunk_loss(logits, parameters, hidden, targets, mask):
+    return jnp.sum(_cross_entropy(logits(hidden, *parameters), targets), where=mask)
+
+
+def _zero(like):
+    return jnp.zeros_like(like, jnp.float32, shape=())
 
 
 def _cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:

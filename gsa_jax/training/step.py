@@ -13,8 +13,8 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from gsa_jax.models import LanguageModel, ModelConfig
 from gsa_jax.sharding import BATCH
+from gsa_jax.training.compiler import compiler_options
 from gsa_jax.training.loss import sharded_next_token_loss
-from gsa_jax.training.overlap import compiler_options
 from gsa_jax.training.sharding import shardings
 
 Batch = dict[str, jax.Array]
@@ -120,24 +120,28 @@ def make_train_step(
 
 
 def compile_train_step(
-    train_step: Callable, like: TrainState, batch_shape: tuple[int, int], mesh: Mesh
+    train_step: Callable, like: TrainState, batch_shape: tuple[int, int], mesh: Mesh, *, unrolled: bool = False
 ) -> jax.stages.Compiled:
-    """The step for one device or many: the state stays where `like` has it, and its memory is used again."""
+    """The step for one device or many: the state stays where `like` has it, and its memory is used again.
+
+    `unrolled` says that the model has no loop over its depth (`ModelConfig.unroll`): XLA gets other options.
+    """
     array = jax.ShapeDtypeStruct(batch_shape, jnp.int32, sharding=NamedSharding(mesh, BATCH))
     batch = dict.fromkeys(("inputs", "targets", "segment_ids"), array)
     placed = jax.tree.map(lambda x: x.sharding, like)
     with jax.set_mesh(mesh):
         lowered = jax.jit(train_step, donate_argnums=0, out_shardings=(placed, None)).lower(like, batch)
-    return lowered.compile(compiler_options(mesh.size))
+    return lowered.compile(compiler_options(mesh.size, unrolled=unrolled))
 
 
 def create_and_compile(
-    create: Callable[[], TrainState], train_step: Callable, like: TrainState, batch_shape: tuple[int, int], mesh: Mesh
+    create: Callable[[], TrainState], *arguments, **options
 ) -> tuple[TrainState, jax.stages.Compiled]:
-    """`create()` and, meanwhile, `compile_train_step(...)`: XLA compiles the one while Python lowers the other."""
+    """`create()` and, meanwhile, `compile_train_step(*arguments, **options)`: XLA compiles the one while Python lowers
+    the other."""
     with ThreadPoolExecutor(1) as thread:
         state = thread.submit(create)
-        compiled = compile_train_step(train_step, like, batch_shape, mesh)
+        compiled = compile_train_step(*arguments, **options)
         return state.result(), compiled
 
 

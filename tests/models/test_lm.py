@@ -137,14 +137,24 @@ def test_reset_rows_begin_anew(lm):
     assert rel_err(logits[1], run(lm, tokens[:, HALF:])[0][1]) < TOLERANCE
 
 
-def test_remat_changes_nothing():
-    settings, tokens = config(("hgrn2",)), token_ids(LENGTH)
-    results = {}
-    for remat in ("none", "dots", "full"):
-        results[remat] = loss_and_gradients(model(dataclasses.replace(settings, remat=remat)), tokens)
-    for remat in ("dots", "full"):
-        for result, reference in zip(*map(jax.tree.leaves, (results[remat], results["none"])), strict=True):
-            assert rel_err(result, reference) < TOLERANCE
+@pytest.mark.parametrize(("remat", "unroll"), [("dots", 1), ("full", 1), ("none", 4), ("dots", 3)])
+def test_remat_and_unrolling_change_nothing(remat, unroll):
+    settings, tokens = config(("hgrn2",), num_layers=4), token_ids(LENGTH)
+    results = [
+        loss_and_gradients(model(variant), tokens)
+        for variant in (settings, dataclasses.replace(settings, remat=remat, unroll=unroll))
+    ]
+    for reference, result in zip(*map(jax.tree.leaves, results), strict=True):
+        assert rel_err(result, reference) < TOLERANCE
+
+
+def test_unrolled_there_is_no_loop_over_the_depth():
+    def loops(**settings):
+        lm = model(config(("softmax",), num_layers=4, **settings))
+        return lm.config.unrolled, run.lower(lm, token_ids(8)).as_text().count("stablehlo.while")
+
+    (unrolled, none), (rolled, one) = loops(unroll=4), loops()
+    assert unrolled and not rolled and one == none + 1
 
 
 def test_remat_saves_less():

@@ -6,7 +6,7 @@ from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
 from gsa_jax.training import ConfigError, MeshConfig, OptimizerConfig, make_mesh, make_optimizer, shardings
-from gsa_jax.training.overlap import OVERLAP, compiler_options
+from gsa_jax.training.compiler import OVERLAP, UNROLLED, compiler_options
 
 
 @pytest.mark.parametrize("sizes", [{"data": 3}, {"tensor": 2, "fsdp": 2}])
@@ -39,13 +39,14 @@ def test_parameters_and_moments_are_split_by_their_axes():
     assert moments.count.spec == P()
 
 
-@pytest.mark.parametrize("platform", OVERLAP)
-def test_the_compiler_knows_its_options(platform):
-    jax.jit(lambda x: x + 1).lower(1.0).compile(OVERLAP[platform])
+@pytest.mark.parametrize("options", [*OVERLAP.values(), *UNROLLED.values()])
+def test_the_compiler_knows_its_options(options):
+    jax.jit(lambda x: x + 1).lower(1.0).compile(options)
 
 
-def test_the_options_are_for_several_devices_of_their_platform(monkeypatch):
+def test_the_options_are_for_their_platform_and_program(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert compiler_options(8) == OVERLAP["gpu"] and compiler_options(1) == {}
+    assert compiler_options(1, unrolled=True) == UNROLLED["gpu"]
     monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
-    assert compiler_options(8) == {}
+    assert compiler_options(8, unrolled=True) == {}
