@@ -17,6 +17,7 @@ from gsa_jax.models import ModelConfig, abstract_model, count_parameters
 from gsa_jax.training import (
     MeshConfig,
     OptimizerConfig,
+    compiler_options,
     compute_dtype,
     create_and_compile,
     init_params,
@@ -53,14 +54,23 @@ class Stopwatch:
 
 
 def train(
-    batch: int, length: int, *, began: float, config: ModelConfig, param_dtype: str, repeats: int, seconds: float
+    batch: int,
+    length: int,
+    *,
+    began: float,
+    config: ModelConfig,
+    param_dtype: str,
+    repeats: int,
+    seconds: float,
+    mesh: MeshConfig = MeshConfig(),  # noqa: B008
+    overlap: bool = True,
 ) -> dict[str, float]:
-    """Training steps on random tokens, on one device: the milliseconds of a step, what `gsa_jax.training.speed` tells,
-    and the seconds from `began`, when this process was started, until imports, device, initial state, compiled step and
-    first step were there."""
+    """Training steps on random tokens, on one device or a mesh: the milliseconds of a step, what
+    `gsa_jax.training.speed` tells, and the seconds from `began`, when this process was started, until imports, device,
+    initial state, compiled step and first step were there. `overlap`: whether XLA gets `compiler_options`."""
     stopwatch = Stopwatch(began)
     stopwatch.done("imports")
-    mesh = make_mesh(MeshConfig())
+    mesh = make_mesh(mesh)
     stopwatch.done("device")
     recipe = OptimizerConfig(), 1000
     optimizer, schedule = make_optimizer(*recipe), make_schedule(*recipe)
@@ -72,9 +82,8 @@ def train(
         return state
 
     train_step = make_train_step(_structure(config), optimizer, schedule)
-    state, train_step = create_and_compile(
-        create_and_wait, train_step, like, (batch, length), mesh, unrolled=config.unrolled
-    )
+    options = compiler_options(config, mesh) if overlap else {}
+    state, train_step = create_and_compile(create_and_wait, train_step, like, (batch, length), mesh, options)
     stopwatch.done("compile")
     tokens = _random_tokens(config, batch, length + 1)
     ids = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "segment_ids": np.ones((batch, length), np.int32)}

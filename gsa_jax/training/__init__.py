@@ -1,6 +1,7 @@
 """Training language models: configuration, data, sharding, the step, checkpoints, metrics and the loop."""
 
 from gsa_jax.training.checkpoint import CheckpointError, Checkpoints, load_model
+from gsa_jax.training.compiler import compiler_options
 from gsa_jax.training.config import ConfigError, MeshConfig, OptimizerConfig, TrainConfig, recipe
 from gsa_jax.training.data import DataConfig, DataError
 from gsa_jax.training.hosts import initialize as initialize_hosts
@@ -33,6 +34,7 @@ __all__ = [
     "TrainState",
     "TrainSummary",
     "compile_train_step",
+    "compiler_options",
     "compute_dtype",
     "create_and_compile",
     "init_params",

@@ -1,6 +1,9 @@
 """What XLA is told about a training step: the one place for such options."""
 
 import jax
+from jax.sharding import Mesh
+
+from gsa_jax.models import ModelConfig
 
 _LAYER = 2**29
 """Bytes up to which collectives of one kind become one: about the parameters of a layer, in bfloat16."""
@@ -30,10 +33,8 @@ UNROLLED = {
 """For models without a loop over their depth, by platform."""
 
 
-def compiler_options(devices: int, *, unrolled: bool = False) -> dict[str, bool | int]:
-    """The options, for `jax.stages.Lowered.compile`, for a program of so many devices of the default backend.
-
-    `unrolled` says that the model's blocks stand one after another, without a loop over the depth.
-    """
+def compiler_options(config: ModelConfig, mesh: Mesh) -> dict[str, bool | int]:
+    """The options for `compile_train_step` where such a model is trained on such a mesh of the default backend."""
     platform = jax.default_backend()
-    return (OVERLAP.get(platform, {}) if devices > 1 else {}) | (UNROLLED.get(platform, {}) if unrolled else {})
+    options = OVERLAP.get(platform, {}) if mesh.size > 1 else {}
+    return options | (UNROLLED.get(platform, {}) if config.unrolled else {})

@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 
 from gsa_jax.models import abstract_model, count_parameters
 from gsa_jax.training.checkpoint import Checkpoints
+from gsa_jax.training.compiler import compiler_options
 from gsa_jax.training.config import ConfigError, TrainConfig, differences
 from gsa_jax.training.data import Batch, Corpus, HostBatches, load_tokenizer, validation_batches
 from gsa_jax.training.hosts import anywhere, check_agreement, rows_of_host, together
@@ -128,8 +129,8 @@ def _run(
         schedule = make_schedule(config.optimizer, config.steps)
         train_step = make_train_step(graphdef, optimizer, schedule, config.accumulation)
         make = (lambda: restored) if restored else create
-        batch_shape, unrolled = (config.batch_size, config.length), config.model.unrolled
-        state, train_step = create_and_compile(make, train_step, like, batch_shape, mesh, unrolled=unrolled)
+        batch_shape, options = (config.batch_size, config.length), compiler_options(config.model, mesh)
+        state, train_step = create_and_compile(make, train_step, like, batch_shape, mesh, options)
         begin = time.perf_counter()
         window, window_begin = [], begin
         while step < config.steps:

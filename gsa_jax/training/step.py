@@ -13,7 +13,6 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from gsa_jax.models import LanguageModel, ModelConfig
 from gsa_jax.sharding import BATCH
-from gsa_jax.training.compiler import compiler_options
 from gsa_jax.training.loss import sharded_next_token_loss
 from gsa_jax.training.sharding import shardings
 
@@ -120,18 +119,22 @@ def make_train_step(
 
 
 def compile_train_step(
-    train_step: Callable, like: TrainState, batch_shape: tuple[int, int], mesh: Mesh, *, unrolled: bool = False
+    train_step: Callable,
+    like: TrainState,
+    batch_shape: tuple[int, int],
+    mesh: Mesh,
+    options: dict[str, Any] | None = None,
 ) -> jax.stages.Compiled:
     """The step for one device or many: the state stays where `like` has it, and its memory is used again.
 
-    `unrolled` says that the model has no loop over its depth (`ModelConfig.unroll`): XLA gets other options.
+    `options` are XLA's; `gsa_jax.training.compiler_options` knows good ones.
     """
     array = jax.ShapeDtypeStruct(batch_shape, jnp.int32, sharding=NamedSharding(mesh, BATCH))
     batch = dict.fromkeys(("inputs", "targets", "segment_ids"), array)
     placed = jax.tree.map(lambda x: x.sharding, like)
     with jax.set_mesh(mesh):
         lowered = jax.jit(train_step, donate_argnums=0, out_shardings=(placed, None)).lower(like, batch)
-    return lowered.compile(compiler_options(mesh.size, unrolled=unrolled))
+    return lowered.compile(options)
 
 
 def create_and_compile(

@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -5,6 +7,8 @@ from flax import nnx
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
+from gsa_jax.models import preset
+from gsa_jax.sharding import MESH_AXES
 from gsa_jax.training import ConfigError, MeshConfig, OptimizerConfig, make_mesh, make_optimizer, shardings
 from gsa_jax.training.compiler import OVERLAP, UNROLLED, compiler_options
 
@@ -45,8 +49,11 @@ def test_the_compiler_knows_its_options(options):
 
 
 def test_the_options_are_for_their_platform_and_program(monkeypatch):
+    rolled, unrolled = preset("tiny"), dataclasses.replace(preset("tiny"), unroll=4)
+    one, eight = (AbstractMesh((1, devices, 1, 1), MESH_AXES) for devices in (1, 8))
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert compiler_options(8) == OVERLAP["gpu"] and compiler_options(1) == {}
-    assert compiler_options(1, unrolled=True) == UNROLLED["gpu"]
+    assert compiler_options(rolled, eight) == OVERLAP["gpu"] and compiler_options(rolled, one) == {}
+    assert compiler_options(unrolled, one) == UNROLLED["gpu"]
+    assert compiler_options(unrolled, eight) == OVERLAP["gpu"] | UNROLLED["gpu"]
     monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
-    assert compiler_options(8, unrolled=True) == {}
+    assert compiler_options(unrolled, eight) == {}
