@@ -46,10 +46,17 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, partition_spec(names, x.shape)) if _splits() else x
 
 
+def without_single_devices(spec: P, mesh: Mesh | AbstractMesh) -> P:
+    """`spec` without the mesh's axes of one device."""
+    axes = ((axis,) if isinstance(axis, str) else axis or () for axis in spec)
+    return P(*(tuple(name for name in names if mesh.shape[name] > 1) for names in axes))
+
+
 def token_axes() -> tuple[str, ...]:
-    """The axes of the mesh in context that tokens are split over, rows and places in a row; () without such a mesh."""
-    axes = RULES["batch"] + RULES["length"]
-    return axes if _splits() and set(axes) <= set(jax.sharding.get_abstract_mesh().axis_names) else ()
+    """The axes of the mesh in context over whose several devices tokens are split, rows and places in a row; () without
+    such a mesh."""
+    axes, sizes = RULES["batch"] + RULES["length"], jax.sharding.get_abstract_mesh().shape
+    return tuple(axis for axis in axes if sizes[axis] > 1) if _splits() and set(axes) <= set(sizes) else ()
 
 
 def _splits() -> bool:

@@ -42,7 +42,7 @@ class Config:
     length: int = 2048
     """Tokens of a row on one device."""
     long: int = 262_144
-    """Tokens of the one long sequence, of whose blocks the backward pass recomputes everything; 0 leaves it out."""
+    """Tokens of the one long sequence, whose blocks are one loop and all recomputed in the backward pass; 0: none."""
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     """Of parameters, gradients and moments."""
     remat: Literal["none", "dots", "full"] | None = None
@@ -88,7 +88,7 @@ def main(config: Config) -> dict[str, Any]:
     for case in cases(config, in_process(jax.device_count)):
         print(f"{describe(case)}: ", end="", flush=True)
         mesh, batch, length = (case[name] for name in ("mesh", "batch", "length"))
-        model = dataclasses.replace(config.model, remat=case["remat"])
+        model = dataclasses.replace(config.model, remat=case["remat"], unroll=case["unroll"])
 
         def run(mesh=MeshConfig(**mesh), batch=batch, length=length, model=model):  # noqa: B008
             return in_process(measure, batch, length, config=model, mesh=mesh, began=time.time())
@@ -106,14 +106,16 @@ def main(config: Config) -> dict[str, Any]:
 
 def cases(config: Config, devices: int) -> list[dict[str, Any]]:
     """One device, all of them along each axis with as many tokens per device, and the long sequence."""
-    one = {"mesh": {}, "batch": config.batch, "length": config.length, "remat": config.model.remat}
+    depth = {"remat": config.model.remat, "unroll": config.model.unroll}
+    one = {"mesh": {}, "batch": config.batch, "length": config.length} | depth
     if devices == 1:
         return [one]
     spread = []
     for axis in config.axes:
         longer = {"length": devices * config.length} if axis == "context" else {"batch": devices * config.batch}
         spread.append(one | {"mesh": {axis: devices}} | longer)
-    long = one | {"mesh": {"context": devices}, "batch": 1, "length": config.long, "remat": "full"}
+    saving = {"remat": "full", "unroll": 1}
+    long = {"mesh": {"context": devices}, "batch": 1, "length": config.long} | saving
     return [one, *spread, *[long] * bool(config.long)]
 
 

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from gsa_jax import ops
 from gsa_jax.ops import context
-from gsa_jax.sharding import BATCH, MESH_AXES, RULES
+from gsa_jax.sharding import BATCH, MESH_AXES, RULES, without_single_devices
 
 TOKENS = P(*BATCH, RULES["heads"])
 """How arrays [B, T, heads, ...] and [B, T, channels] are cut."""
@@ -46,7 +46,7 @@ def _over_mesh(op, part, in_specs, out_specs):
         mesh = _active_mesh()
         if mesh is None:
             return op(*args, **kwargs)
-        specs, results = jax.tree.map(lambda spec: _cut(spec, mesh), (in_specs, out_specs))
+        specs, results = jax.tree.map(lambda spec: without_single_devices(spec, mesh), (in_specs, out_specs))
         options = inspect.signature(op).bind(*args, **kwargs).arguments
         arrays = {name: options.pop(name) for name in in_specs if options.get(name) is not None}
         for name, array in arrays.items():
@@ -59,12 +59,6 @@ def _over_mesh(op, part, in_specs, out_specs):
         )(arrays)
 
     return over_mesh
-
-
-def _cut(spec, mesh):
-    """`spec` without the mesh's axes of one device."""
-    axes = ((axis,) if isinstance(axis, str) else axis or () for axis in spec)
-    return P(*(tuple(name for name in names if mesh.shape[name] > 1) for names in axes))
 
 
 def _check_divides(mesh, spec, argument, arrays):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from gsa_jax.ops.dot import dot
-from gsa_jax.sharding import RULES, constrain, token_axes
+from gsa_jax.sharding import BATCH, constrain, token_axes, without_single_devices
 
 LOGITS_AT_ONCE = 2**27
 """Logits computed at a time, unless a chunk size is given: 0.5 GiB of float32."""
@@ -69,7 +69,8 @@ def sharded_next_token_loss(
     axes = token_axes()
     if not axes:
         return total(head, hidden, targets, mask)
-    tokens = P(RULES["batch"], RULES["length"])
+    # Axes of one device stay out: XLA for GPUs can't sum over those alone where it splits the heads by itself.
+    tokens = without_single_devices(BATCH, jax.sharding.get_abstract_mesh())
     over_tokens = jax.shard_map(
         total_of_all, in_specs=(P(), tokens, tokens, tokens), out_specs=P(), axis_names=set(axes)
     )
