@@ -70,12 +70,13 @@ def test_every_device_runs_the_kernels_on_its_part(op):
 @pytest.mark.gpu
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("gates", ["weak", "all kinds"])
-def test_several_gpus_give_the_numbers_of_one(op, gates):
+@pytest.mark.parametrize("axis", ["context", "tensor"])
+def test_several_gpus_give_the_numbers_of_one(op, gates, axis):
     devices = jax.device_count()
     if devices == 1:
         pytest.skip("needs several GPUs")
     T = 128 * devices
-    arrays, cotangents = make_case(op, Sizes(2, T, 4, 2, 64, 128, 64), gates=gates, state=False, dtype=jnp.bfloat16)
+    arrays, cotangents = make_case(op, Sizes(2, T, 2 * devices, devices, 64, 128, 64), gates=gates, state=False, dtype=jnp.bfloat16)
     segment_ids = jnp.arange(T)[None] // jnp.asarray([[50], [T]])
 
     def run(function, arrays):
@@ -83,7 +84,8 @@ def test_several_gpus_give_the_numbers_of_one(op, gates):
         return pullback(cotangents["out"])[0] | {"out": out}
 
     expected = jax.jit(functools.partial(run, FUNCTIONS[op]))(arrays)
-    with jax.set_mesh(jax.make_mesh((1, 1, 1, devices), MESH_AXES, (AxisType.Auto,) * 4)):
+    sizes = tuple(devices if name == axis else 1 for name in MESH_AXES)
+    with jax.set_mesh(jax.make_mesh(sizes, MESH_AXES, (AxisType.Auto,) * 4)):
         results = jax.jit(functools.partial(run, FUNCTIONS[op]))(arrays)
     assert_close(results, expected, TOLERANCE[jnp.bfloat16])
 
