@@ -16,6 +16,11 @@ class ConfigError(ValueError):
     """Settings that cannot be trained as asked: the message names the field, its value and what was expected."""
 
 
+def _check(holds: bool, got: str, expected: str) -> None:
+    if not holds:
+        raise ConfigError(f"{got}: expected {expected}")
+
+
 @dataclass(frozen=True)
 class OptimizerConfig:
     """AdamW: linear warm-up, cosine decay, gradients clipped by their global norm."""
@@ -36,6 +41,12 @@ class OptimizerConfig:
     """AdamW's epsilon"""
     clip: float = 1.0
     """largest global norm of a gradient; inf for no clipping"""
+
+    def __post_init__(self):
+        check_numbers(self, "warmup_steps", "final_fraction", "weight_decay", "b1", "b2", may_be_infinite=("clip",))
+        for name in ("b1", "b2"):
+            _check(getattr(self, name) < 1, f"{name}={getattr(self, name)}", "less than 1")
+        _check(self.final_fraction <= 1, f"final_fraction={self.final_fraction}", "at most 1")
 
 
 @dataclass(frozen=True)
@@ -113,8 +124,6 @@ class TrainConfig:
         )
         for name, parts in _split_over_tensor(self.model):
             _check(parts % self.mesh.tensor == 0, f"{name}={parts}", f"a multiple of mesh.tensor={self.mesh.tensor}")
-        warmup = self.optimizer.warmup_steps
-        _check(warmup >= 0, f"optimizer.warmup_steps={warmup}", "at least 0")
 
     def to_json(self) -> str:
         """The settings as JSON, for `from_json`."""
@@ -165,11 +174,6 @@ def _split_over_tensor(model: ModelConfig) -> Iterator[tuple[str, int]]:
         if config.num_kv_heads is not None:
             yield f"model.{mixer}.num_kv_heads", config.num_kv_heads
     yield "model.mlp_size", model.resolved_mlp_size
-
-
-def _check(holds: bool, got: str, expected: str) -> None:
-    if not holds:
-        raise ConfigError(f"{got}: expected {expected}")
 
 
 def _build(kind: Any, value: Any, where: str) -> Any:

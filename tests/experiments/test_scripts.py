@@ -43,6 +43,7 @@ def test_help_reads_well(script, run):
         (["language_model", "--data", "/nowhere.txt"], "/nowhere.txt"),
         (["language_model", "--mesh.data", "2"], "mesh: data=2"),
         (["language_model", "--mesh.data", "0"], "data must be at least 1, got 0"),
+        (["language_model", "--optimizer.b2", "1"], "b2=1.0: expected less than 1"),
         (["language_model", "--model.gsa.num-kv-heads", "-2"], "num_kv_heads must be at least 1, got -2"),
         (["language_model", "--model.gsa.num-heads", "3"], "heads=3"),
         (["language_model", "--resume"], "there is no run to resume"),
