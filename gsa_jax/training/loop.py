@@ -31,6 +31,7 @@ from gsa_jax.training.step import (
     compute_dtype,
     create_and_compile,
     init_state,
+    loss_sum,
     make_eval_step,
     make_train_step,
 )
@@ -94,7 +95,7 @@ def _prepare(
     """The mesh, the corpora and this host's batches, once all that can be checked without compiling is."""
     mesh = make_mesh(config.mesh)
     host, hosts = rows_of_host(mesh)
-    _check_sizes(config)
+    _check_model(config, mesh)
     _check_run_dir(Path(config.run_dir), config, resume)
     corpus, held_out = config.data.open("train"), config.data.open("validation")
     sizes = {"length": config.length, "batch_size": config.batch_size}
@@ -233,9 +234,16 @@ def _stop_signals() -> Iterator[list[str]]:
 # Checks
 
 
-def _check_sizes(config: TrainConfig) -> None:
-    """Raises where sizes don't fit each other, also those inside the model, which building its structure finds."""
-    abstract_model(config.model)
+def _check_model(config: TrainConfig, mesh: Mesh) -> None:
+    """Raises where the model does not fit its tokens, itself or the devices, as tracing its loss finds out."""
+    tokens = jax.ShapeDtypeStruct((config.batch_size // config.accumulation, config.length), np.int32)
+    batch = dict.fromkeys(("inputs", "targets", "segment_ids"), tokens)
+    try:
+        graphdef, params = nnx.split(abstract_model(config.model, dtype=compute_dtype(config.dtype)))
+        with jax.set_mesh(mesh):
+            jax.eval_shape(functools.partial(loss_sum, graphdef), params, batch)
+    except ValueError as error:
+        raise ConfigError(f"model: {error}") from error
     tokenizer = load_tokenizer(config.data.tokenizer)
     if tokenizer.vocab_size > config.model.vocab_size:
         raise ConfigError(

@@ -46,6 +46,7 @@ def test_help_reads_well(script, run):
         (["language_model", "--optimizer.b2", "1"], "b2=1.0: expected less than 1"),
         (["language_model", "--model.gsa.num-kv-heads", "-2"], "num_kv_heads must be at least 1, got -2"),
         (["language_model", "--model.gsa.num-heads", "3"], "heads=3"),
+        (["language_model", "--model.implementation", "pallas"], "pallas': the kernels need a Hopper GPU"),
         (["language_model", "--resume"], "there is no run to resume"),
         (["language_model", "--model.mixers", "gsa", "slots"], "mixers must be among gsa"),
         (["generate", "/nowhere"], "/nowhere"),
