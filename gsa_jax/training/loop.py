@@ -100,7 +100,7 @@ def _prepare(
     corpus, held_out = config.data.open("train"), config.data.open("validation")
     sizes = {"length": config.length, "batch_size": config.batch_size}
     batches = HostBatches(config.data, seed=config.seed, host=host, hosts=hosts, corpus=corpus, **sizes)
-    sizes["batch_size"] //= hosts * config.accumulation
+    sizes["batch_size"] //= hosts * config.parts
     validation = functools.partial(
         validation_batches, config.data, shard_index=host, shard_count=hosts, corpus=held_out, **sizes
     )
@@ -128,7 +128,7 @@ def _run(
     ):
         console.start(_description(config, mesh, first))
         schedule = make_schedule(config.optimizer, config.steps)
-        train_step = make_train_step(graphdef, optimizer, schedule, config.accumulation)
+        train_step = make_train_step(graphdef, optimizer, schedule, config.parts)
         make = (lambda: restored) if restored else create
         batch_shape, options = (config.batch_size, config.length), compiler_options(config.model, mesh)
         state, train_step = create_and_compile(make, train_step, like, batch_shape, mesh, options)
@@ -151,7 +151,8 @@ def _run(
             tokens, seconds = sum(int(metrics["tokens"]) for metrics in window), time.perf_counter() - window_begin
             values = _summarize(window) | speed(config.model, mesh, tokens / seconds)
             if evaluating:
-                values |= evaluate(eval_step, state, itertools.islice(validation(), config.eval_batches), mesh)
+                parts = config.eval_batches and config.eval_batches * config.parts
+                values |= evaluate(eval_step, state, itertools.islice(validation(), parts), mesh)
             log.write(step, values)
             seconds_left = (time.perf_counter() - begin) / (step - first) * (config.steps - step)
             stays = evaluating or not console.is_terminal
@@ -236,7 +237,7 @@ def _stop_signals() -> Iterator[list[str]]:
 
 def _check_model(config: TrainConfig, mesh: Mesh) -> None:
     """Raises where the model does not fit its tokens, itself or the devices, as tracing its loss finds out."""
-    tokens = jax.ShapeDtypeStruct((config.batch_size // config.accumulation, config.length), np.int32)
+    tokens = jax.ShapeDtypeStruct((config.batch_size // config.parts, config.length), np.int32)
     batch = dict.fromkeys(("inputs", "targets", "segment_ids"), tokens)
     try:
         graphdef, params = nnx.split(abstract_model(config.model, dtype=compute_dtype(config.dtype)))

@@ -59,6 +59,7 @@ def test_json_of_something_else_is_refused(text, message):
         ({"model": HGRN2, "mesh": MeshConfig(tensor=4)}, "hgrn2.expand_ratio=2: expected a multiple of mesh.tensor=4"),
         ({"model": NARROW, "mesh": MeshConfig(tensor=2)}, "model.mlp_size=33: expected a multiple of mesh.tensor=2"),
         ({"eval_batches": 0}, "eval_batches=0"),
+        ({"accumulation": 0}, "accumulation=0: expected at least 1"),
         ({"keep": 0}, "keep=0"),
         ({"seed": -1}, "seed=-1"),
     ],
@@ -114,6 +115,27 @@ def test_recipes_are_the_papers(name, tokens, warmup):
     assert config.optimizer.warmup_steps * tokens == pytest.approx(warmup, rel=0.05)
     assert (config.optimizer.learning_rate, config.optimizer.final_fraction) == (3e-4, 0.1)
     assert (config.optimizer.weight_decay, config.optimizer.clip) == (0.01, 1.0)
+    assert config.eval_batches * config.batch_size == 1024
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "parts"),
+    [
+        ("tiny", {}, 1),
+        ("gsa-340m", {}, 32),
+        ("gsa-1.3b", {}, 128),
+        ("gsa-1.3b", {"mesh": MeshConfig(data=8, fsdp=8)}, 2),
+        ("gsa-7b", {"mesh": MeshConfig(data=64, fsdp=8, tensor=8)}, 1),
+        ("gsa-1.3b", {"mesh": MeshConfig(context=4)}, 32),
+        ("gsa-1.3b", {"length": 1500}, 128),
+        ("gsa-1.3b", {"length": 2**18, "batch_size": 3}, 3),
+        ("gsa-1.3b", {"batch_size": 22}, 11),
+        ("gsa-1.3b", {"accumulation": 64}, 64),
+    ],
+)
+def test_a_device_computes_16k_tokens_at_a_time(name, changes, parts):
+    """As many rows as make them, if they divide its rows of the batch, or else fewer, and at least one."""
+    assert dataclasses.replace(recipe(name), **changes).parts == parts
 
 
 def test_an_unknown_preset_lists_the_known_ones():
