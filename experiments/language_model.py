@@ -88,8 +88,7 @@ def bigram_baseline(config: TrainConfig) -> float:
     train = training_batches(
         config.data, batch_size=config.batch_size, length=config.length, seed=config.seed, num_epochs=1
     )
-    rows = config.batch_size // config.accumulation
-    held_out = validation_batches(config.data, batch_size=rows, length=config.length)
+    held_out = validation_batches(config.data, batch_size=config.batch_size, length=config.length)
     return bigram_bits_per_byte(train, itertools.islice(held_out, config.eval_batches))
 
 

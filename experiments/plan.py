@@ -58,8 +58,7 @@ class Arguments:
         changes = {"batch_size": self.batch_size, "length": self.length}
         changes = {name: value for name, value in changes.items() if value is not None}
         model = dataclasses.replace(config.model, remat=self.remat or config.model.remat)
-        parts = self.accumulation or 1
-        return dataclasses.replace(config, model=model, mesh=self.mesh, accumulation=parts, **changes)
+        return dataclasses.replace(config, model=model, mesh=self.mesh, accumulation=self.accumulation, **changes)
 
 
 def main(arguments: Arguments) -> None:

@@ -41,8 +41,8 @@ class Config:
     """Rows on one device."""
     length: int = 2048
     """Tokens of a row on one device."""
-    long: int = 262_144
-    """Tokens of the one long sequence, whose blocks are one loop and all recomputed in the backward pass; 0: none."""
+    long_sequence: int = 262_144
+    """Tokens of the one long sequence, whose blocks are a loop and all recomputed in the backward pass; 0: none."""
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     """Of parameters, gradients and moments."""
     remat: Literal["none", "dots", "full"] | None = None
@@ -50,9 +50,9 @@ class Config:
     unroll: int | None = None
     """Repeats of the mixers' pattern in one turn of the loop over the depth; the preset's own number by default."""
     axes: tuple[str, ...] = MESH_AXES
-    """Axes of the mesh to spread over."""
+    """Axes of the mesh to spread over, one after the other."""
     overlap: bool = True
-    """Whether XLA gets the options that let devices compute while they communicate."""
+    """Give XLA the options that let devices compute while they communicate."""
     repeats: int = 3
     """Measurements, of which the median counts."""
     seconds: float = 1.0
@@ -61,7 +61,7 @@ class Config:
     """JSON file to write anew after every case, with a plot beside it."""
 
     def __post_init__(self):
-        check_numbers(self, "long")
+        check_numbers(self, "long_sequence")
         for axis in self.axes:
             if axis not in MESH_AXES:
                 raise ValueError(f"axes must be among {', '.join(MESH_AXES)}, got {axis!r}")
@@ -75,7 +75,7 @@ class Config:
 
 def main(config: Config) -> dict[str, Any]:
     """Times, prints, writes; returns what is written."""
-    result = in_process(model_cases.about, config.model)
+    result = in_process(model_cases.about, "experiments.benchmarks.mesh", config.model)
     result["settings"] = json.loads(json.dumps(dataclasses.asdict(config), default=str))
     result["rows"] = []
     measure = functools.partial(
@@ -87,12 +87,9 @@ def main(config: Config) -> dict[str, Any]:
     )
     for case in cases(config, in_process(jax.device_count)):
         print(f"{describe(case)}: ", end="", flush=True)
-        mesh, batch, length = (case[name] for name in ("mesh", "batch", "length"))
         model = dataclasses.replace(config.model, remat=case["remat"], unroll=case["unroll"])
-
-        def run(mesh=MeshConfig(**mesh), batch=batch, length=length, model=model):  # noqa: B008
-            return in_process(measure, batch, length, config=model, mesh=mesh, began=time.time())
-
+        settings = {"config": model, "mesh": MeshConfig(**case["mesh"]), "began": time.time()}
+        run = functools.partial(in_process, measure, case["batch"], case["length"], **settings)
         row = case | attempt(run, Exception)
         print(row.get("error") or f"{row['tokens_per_second']:,.0f} tokens/s", flush=True)
         result["rows"].append(row)
@@ -100,7 +97,9 @@ def main(config: Config) -> dict[str, Any]:
             config.out.parent.mkdir(parents=True, exist_ok=True)
             config.out.write_text(json.dumps(result, indent=2) + "\n")
             draw(result).savefig(config.out.with_suffix(".png"), dpi=150)
-    Console(width=120).print("", title(result), as_table(result), highlight=False)
+    failed = [f"{describe(row)}: {row['error']}" for row in result["rows"] if "error" in row]
+    console = Console(width=120)
+    console.print("", title(result), as_table(result), *failed, sep="\n", highlight=False, markup=False)
     return result
 
 
@@ -115,8 +114,8 @@ def cases(config: Config, devices: int) -> list[dict[str, Any]]:
         longer = {"length": devices * config.length} if axis == "context" else {"batch": devices * config.batch}
         spread.append(one | {"mesh": {axis: devices}} | longer)
     saving = {"remat": "full", "unroll": 1}
-    long = {"mesh": {"context": devices}, "batch": 1, "length": config.long} | saving
-    return [one, *spread, *[long] * bool(config.long)]
+    long = {"mesh": {"context": devices}, "batch": 1, "length": config.long_sequence} | saving
+    return [one, *spread, *[long] * bool(config.long_sequence)]
 
 
 def describe(case: dict[str, Any]) -> str:
@@ -132,17 +131,14 @@ def title(result: dict[str, Any]) -> str:
 
 
 def as_table(result: dict[str, Any]) -> Table:
-    """A line for each case: speed, how many times that of one device, and the memory of a device."""
+    """A line for each case: speed, how many times that of one device, MFU, and the memory of a device."""
     table = Table(box=SIMPLE)
     for heading in ("mesh, rows x tokens", "tokens/s", "times one device", "MFU", "peak GiB of a device"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in result["rows"]:
-        if "error" in row:
-            table.add_row(describe(row), row["error"])
-            continue
         table.add_row(
             describe(row),
-            f"{row['tokens_per_second']:,.0f}",
+            f"{row['tokens_per_second']:,.0f}" if "ms" in row else "-",
             f"{times(row, result):.2f}" if times(row, result) else "-",
             f"{row['mfu']:.1%}" if "mfu" in row else "-",
             f"{row['memory_gib']:.1f}" if "memory_gib" in row else "-",
@@ -151,9 +147,9 @@ def as_table(result: dict[str, Any]) -> Table:
 
 
 def times(row: dict[str, Any], result: dict[str, Any]) -> float | None:
-    """The row's tokens per second as a multiple of one device's."""
+    """The row's tokens per second as a multiple of one device's; None if either could not be measured."""
     one = result["rows"][0]
-    return row["tokens_per_second"] / one["tokens_per_second"] if "ms" in one else None
+    return row["tokens_per_second"] / one["tokens_per_second"] if "ms" in row and "ms" in one else None
 
 
 def draw(result: dict[str, Any]) -> matplotlib.figure.Figure:
@@ -161,13 +157,9 @@ def draw(result: dict[str, Any]) -> matplotlib.figure.Figure:
     rows = [row for row in result["rows"] if "ms" in row]
     figure = matplotlib.figure.Figure(figsize=(8, 0.8 + 0.5 * max(len(rows), 2)), layout="constrained")
     axes = figure.subplots()
-    bars = axes.barh([describe(row) for row in rows], [row["tokens_per_second"] for row in rows], height=0.6)
-    labels = [f"{times(row, result):.2f}x" if times(row, result) else "" for row in rows]
-    labels = [
-        label + (f", {row['memory_gib']:.0f} GiB" if "memory_gib" in row else "")
-        for label, row in zip(labels, rows, strict=True)
-    ]
-    axes.bar_label(bars, labels, padding=4)
+    speeds, names = [row["tokens_per_second"] for row in rows], [describe(row) for row in rows]
+    bars = axes.barh(range(len(rows)), speeds, height=0.6, tick_label=names)
+    axes.bar_label(bars, [_label(row, result) for row in rows], padding=4)
     axes.invert_yaxis()
     axes.margins(x=0.25)
     axes.xaxis.set_major_formatter("{x:,.0f}")
@@ -175,6 +167,13 @@ def draw(result: dict[str, Any]) -> matplotlib.figure.Figure:
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_title(title(result), fontsize=10)
     return figure
+
+
+def _label(row: dict[str, Any], result: dict[str, Any]) -> str:
+    """What stands beside a bar, such as "1.90x, 41 GiB"."""
+    memory = [f"{row['memory_gib']:.0f} GiB"] if "memory_gib" in row else []
+    ratio = times(row, result)
+    return ", ".join([f"{ratio:.2f}x", *memory] if ratio else memory)
 
 
 if __name__ == "__main__":

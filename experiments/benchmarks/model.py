@@ -28,6 +28,7 @@ from experiments.benchmarks.timing import attempt
 from experiments.command_line import user_errors
 from gsa_jax.layers.checks import check_numbers
 from gsa_jax.models import ModelConfig, preset
+from gsa_jax.training import MeshConfig
 
 SELECTION = ("cases", "decode_batches", "peers", "out", "resume")
 """The settings that may differ between a run and the one that it resumes."""
@@ -81,12 +82,12 @@ class Config:
 def main(config: Config) -> dict[str, Any]:
     """Times, prints, writes; returns what is written."""
     common = {"config": config.model, "param_dtype": config.param_dtype, "repeats": config.repeats}
-    train = functools.partial(model_cases.train, **common, seconds=config.seconds)
+    train = functools.partial(model_cases.train, **common, mesh=MeshConfig(), seconds=config.seconds)
     decode = functools.partial(model_cases.decode, **common, blocks=config.decode_blocks)
     cases = [("training", train, dict(zip(("batch", "length"), parse(case), strict=True))) for case in config.cases]
     cases += [("decoding", decode, {"batch": batch, "prompt": config.prompt}) for batch in config.decode_batches]
 
-    result = in_process(model_cases.about, config.model)
+    result = in_process(model_cases.about, "experiments.benchmarks.model", config.model)
     result["settings"] = json.loads(json.dumps(dataclasses.asdict(config), default=str))
     result["peers"] = peers.read(config.peers, device=result["device"]) if config.peers else None
     result |= {"training": [], "decoding": []}

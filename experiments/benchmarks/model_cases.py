@@ -34,9 +34,9 @@ BLOCK = 16
 """Tokens that are drawn between two looks at them, as in experiments.generate."""
 
 
-def about(config: ModelConfig) -> dict[str, Any]:
-    """Where and of what the numbers are: device, versions, command, date and the number of parameters."""
-    return provenance("experiments.benchmarks.model") | {"parameters": count_parameters(config)[0]}
+def about(script: str, config: ModelConfig) -> dict[str, Any]:
+    """Where and of what a script's numbers are: device, versions, command, date and the number of parameters."""
+    return provenance(script) | {"parameters": count_parameters(config)[0]}
 
 
 class Stopwatch:
@@ -59,10 +59,10 @@ def train(
     *,
     began: float,
     config: ModelConfig,
+    mesh: MeshConfig,
     param_dtype: str,
     repeats: int,
     seconds: float,
-    mesh: MeshConfig = MeshConfig(),  # noqa: B008
     overlap: bool = True,
 ) -> dict[str, float]:
     """Training steps on random tokens, on one device or a mesh: the milliseconds of a step, what

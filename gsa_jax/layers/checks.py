@@ -4,21 +4,23 @@ import dataclasses
 import math
 
 
-def check_numbers(config, *may_be_zero):
+def check_numbers(config, *may_be_zero, may_be_infinite=()):
     """Raises a ValueError that names the first field of a dataclass whose number is out of range.
 
-    Fields of type int are at least 1, those named in `may_be_zero` at least 0; fields of type float are positive and
-    finite. None passes.
+    Fields of type int are at least 1 and fields of type float positive and finite; those named in `may_be_zero` may be
+    0 too, floats in `may_be_infinite` inf. None passes.
     """
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if value is None:
             continue
+        zero, infinite = field.name in may_be_zero, field.name in may_be_infinite
         if field.type in (int, int | None):
-            least = 0 if field.name in may_be_zero else 1
+            least = 0 if zero else 1
             fits, expected = value >= least, f"at least {least}"
         elif field.type is float:
-            fits, expected = 0 < value < math.inf, "positive and finite"
+            fits = value > 0 and (value < math.inf or infinite) or value == 0 and zero
+            expected = ("at least 0" if zero else "positive") + ("" if infinite else " and finite")
         else:
             continue
         if not fits:

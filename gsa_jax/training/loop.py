@@ -31,6 +31,7 @@ from gsa_jax.training.step import (
     compute_dtype,
     create_and_compile,
     init_state,
+    loss_sum,
     make_eval_step,
     make_train_step,
 )
@@ -94,12 +95,12 @@ def _prepare(
     """The mesh, the corpora and this host's batches, once all that can be checked without compiling is."""
     mesh = make_mesh(config.mesh)
     host, hosts = rows_of_host(mesh)
-    _check_sizes(config)
+    _check_model(config, mesh)
     _check_run_dir(Path(config.run_dir), config, resume)
     corpus, held_out = config.data.open("train"), config.data.open("validation")
     sizes = {"length": config.length, "batch_size": config.batch_size}
     batches = HostBatches(config.data, seed=config.seed, host=host, hosts=hosts, corpus=corpus, **sizes)
-    sizes["batch_size"] //= hosts * config.accumulation
+    sizes["batch_size"] //= hosts * config.parts
     validation = functools.partial(
         validation_batches, config.data, shard_index=host, shard_count=hosts, corpus=held_out, **sizes
     )
@@ -127,7 +128,7 @@ def _run(
     ):
         console.start(_description(config, mesh, first))
         schedule = make_schedule(config.optimizer, config.steps)
-        train_step = make_train_step(graphdef, optimizer, schedule, config.accumulation)
+        train_step = make_train_step(graphdef, optimizer, schedule, config.parts)
         make = (lambda: restored) if restored else create
         batch_shape, options = (config.batch_size, config.length), compiler_options(config.model, mesh)
         state, train_step = create_and_compile(make, train_step, like, batch_shape, mesh, options)
@@ -150,7 +151,8 @@ def _run(
             tokens, seconds = sum(int(metrics["tokens"]) for metrics in window), time.perf_counter() - window_begin
             values = _summarize(window) | speed(config.model, mesh, tokens / seconds)
             if evaluating:
-                values |= evaluate(eval_step, state, itertools.islice(validation(), config.eval_batches), mesh)
+                parts = config.eval_batches and config.eval_batches * config.parts
+                values |= evaluate(eval_step, state, itertools.islice(validation(), parts), mesh)
             log.write(step, values)
             seconds_left = (time.perf_counter() - begin) / (step - first) * (config.steps - step)
             stays = evaluating or not console.is_terminal
@@ -233,9 +235,16 @@ def _stop_signals() -> Iterator[list[str]]:
 # Checks
 
 
-def _check_sizes(config: TrainConfig) -> None:
-    """Raises where sizes don't fit each other, also those inside the model, which building its structure finds."""
-    abstract_model(config.model)
+def _check_model(config: TrainConfig, mesh: Mesh) -> None:
+    """Raises where the model does not fit its tokens, itself or the devices, as tracing its loss finds out."""
+    tokens = jax.ShapeDtypeStruct((config.batch_size // config.parts, config.length), np.int32)
+    batch = dict.fromkeys(("inputs", "targets", "segment_ids"), tokens)
+    try:
+        graphdef, params = nnx.split(abstract_model(config.model, dtype=compute_dtype(config.dtype)))
+        with jax.set_mesh(mesh):
+            jax.eval_shape(functools.partial(loss_sum, graphdef), params, batch)
+    except ValueError as error:
+        raise ConfigError(f"model: {error}") from error
     tokenizer = load_tokenizer(config.data.tokenizer)
     if tokenizer.vocab_size > config.model.vocab_size:
         raise ConfigError(

@@ -14,7 +14,7 @@ from tests.training.tiny import run_config
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A run of two steps, its summary and the batches that it was evaluated on."""
+    """A run of two steps, its summary and the parts of batches that it was evaluated on."""
     config = run_config(tmp_path_factory.mktemp("runs"), steps=2, accumulation=2)
     put_batch, evaluated_on = loop.put_batch, []
 
@@ -53,10 +53,12 @@ def test_the_bigram_model_is_scored_on_the_tokens_of_the_evaluation(finished, mo
 
     monkeypatch.setattr(language_model, "bigram_bits_per_byte", noted)
     language_model.report(config, summary)
-    assert len(scored_on) == len(evaluated_on) == config.eval_batches
-    for scored, evaluated in zip(scored_on, evaluated_on, strict=True):
-        for name in ("inputs", "targets", "segment_ids"):
-            np.testing.assert_array_equal(scored[name], evaluated[name])
+    assert len(scored_on) == config.eval_batches and len(evaluated_on) == config.eval_batches * config.accumulation
+    for name in ("inputs", "targets", "segment_ids"):
+        scored, evaluated = (
+            np.concatenate([batch[name] for batch in batches]) for batches in (scored_on, evaluated_on)
+        )
+        np.testing.assert_array_equal(scored, evaluated)
     assert "a byte bigram model's" in capsys.readouterr().out
 
 

@@ -23,7 +23,7 @@ def run(tmp_path, monkeypatch, capsys):
 
 
 SCRIPTS = ["language_model", "generate", "evaluate", "mqar", "plan"]
-BENCHMARKS = ["ops", "model", "step", "peers"]
+BENCHMARKS = ["ops", "model", "mesh", "step", "peers"]
 
 
 @pytest.mark.parametrize(
@@ -43,8 +43,10 @@ def test_help_reads_well(script, run):
         (["language_model", "--data", "/nowhere.txt"], "/nowhere.txt"),
         (["language_model", "--mesh.data", "2"], "mesh: data=2"),
         (["language_model", "--mesh.data", "0"], "data must be at least 1, got 0"),
+        (["language_model", "--optimizer.b2", "1"], "b2=1.0: expected less than 1"),
         (["language_model", "--model.gsa.num-kv-heads", "-2"], "num_kv_heads must be at least 1, got -2"),
         (["language_model", "--model.gsa.num-heads", "3"], "heads=3"),
+        (["language_model", "--model.implementation", "pallas"], "pallas': the kernels need a Hopper GPU"),
         (["language_model", "--resume"], "there is no run to resume"),
         (["language_model", "--model.mixers", "gsa", "slots"], "mixers must be among gsa"),
         (["generate", "/nowhere"], "/nowhere"),
@@ -56,6 +58,8 @@ def test_help_reads_well(script, run):
         (["benchmarks.model", "--cases", "8by2048"], "cases: got '8by2048', expected rows x tokens, such as 8x2048"),
         (["benchmarks.model", "--preset", "gsa-9b"], "preset must be one of tiny"),
         (["benchmarks.model", "--repeats", "0"], "repeats must be at least 1, got 0"),
+        (["benchmarks.mesh", "--axes", "expert"], "axes must be among data, fsdp, context, tensor, got"),
+        (["benchmarks.mesh", "--preset", "gsa-9b"], "preset must be one of tiny"),
         (
             ["plan", "--preset", "gsa-7b", "--mesh.tensor", "3"],
             "model.gsa.num_heads=8: expected a multiple of",

@@ -76,7 +76,9 @@ def test_several_gpus_give_the_numbers_of_one(op, gates, axis):
     if devices == 1:
         pytest.skip("needs several GPUs")
     T = 128 * devices
-    arrays, cotangents = make_case(op, Sizes(2, T, 2 * devices, devices, 64, 128, 64), gates=gates, state=False, dtype=jnp.bfloat16)
+    arrays, cotangents = make_case(
+        op, Sizes(2, T, 2 * devices, devices, 64, 128, 64), gates=gates, state=False, dtype=jnp.bfloat16
+    )
     segment_ids = jnp.arange(T)[None] // jnp.asarray([[50], [T]])
 
     def run(function, arrays):

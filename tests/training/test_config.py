@@ -58,8 +58,8 @@ def test_json_of_something_else_is_refused(text, message):
         ({"model": GROUPED, "mesh": MeshConfig(tensor=2)}, "model.gsa.num_kv_heads=1: expected a multiple of mesh"),
         ({"model": HGRN2, "mesh": MeshConfig(tensor=4)}, "hgrn2.expand_ratio=2: expected a multiple of mesh.tensor=4"),
         ({"model": NARROW, "mesh": MeshConfig(tensor=2)}, "model.mlp_size=33: expected a multiple of mesh.tensor=2"),
-        ({"optimizer": OptimizerConfig(warmup_steps=-1)}, "optimizer.warmup_steps=-1: expected at least 0"),
         ({"eval_batches": 0}, "eval_batches=0"),
+        ({"accumulation": 0}, "accumulation=0: expected at least 1"),
         ({"keep": 0}, "keep=0"),
         ({"seed": -1}, "seed=-1"),
     ],
@@ -67,6 +67,32 @@ def test_json_of_something_else_is_refused(text, message):
 def test_settings_that_do_not_fit_are_refused(changes, message):
     with pytest.raises(ConfigError, match=message):
         TrainConfig(**{"model": preset("tiny")} | changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"learning_rate": 0.0}, "learning_rate must be positive and finite, got 0.0"),
+        ({"warmup_steps": -1}, "warmup_steps must be at least 0, got -1"),
+        ({"final_fraction": -0.1}, "final_fraction must be at least 0 and finite, got -0.1"),
+        ({"final_fraction": 1.5}, "final_fraction=1.5: expected at most 1"),
+        ({"weight_decay": -0.1}, "weight_decay must be at least 0 and finite, got -0.1"),
+        ({"b1": -0.9}, "b1 must be at least 0 and finite, got -0.9"),
+        ({"b1": 1.0}, "b1=1.0: expected less than 1"),
+        ({"b2": 1.5}, "b2=1.5: expected less than 1"),
+        ({"epsilon": 0.0}, "epsilon must be positive and finite, got 0.0"),
+        ({"clip": 0.0}, "clip must be positive, got 0.0"),
+        ({"clip": float("nan")}, "clip must be positive, got nan"),
+    ],
+)
+def test_numbers_of_an_optimizer_out_of_range_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        OptimizerConfig(**changes)
+
+
+def test_numbers_at_the_ends_of_their_ranges_are_taken():
+    OptimizerConfig(warmup_steps=0, final_fraction=0.0, weight_decay=0.0, b1=0.0, b2=0.0, clip=float("inf"))
+    OptimizerConfig(final_fraction=1.0)
 
 
 def test_a_mesh_axis_has_at_least_one_device():
@@ -89,6 +115,27 @@ def test_recipes_are_the_papers(name, tokens, warmup):
     assert config.optimizer.warmup_steps * tokens == pytest.approx(warmup, rel=0.05)
     assert (config.optimizer.learning_rate, config.optimizer.final_fraction) == (3e-4, 0.1)
     assert (config.optimizer.weight_decay, config.optimizer.clip) == (0.01, 1.0)
+    assert config.eval_batches * config.batch_size == 1024
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "parts"),
+    [
+        ("tiny", {}, 1),
+        ("gsa-340m", {}, 32),
+        ("gsa-1.3b", {}, 128),
+        ("gsa-1.3b", {"mesh": MeshConfig(data=8, fsdp=8)}, 2),
+        ("gsa-7b", {"mesh": MeshConfig(data=64, fsdp=8, tensor=8)}, 1),
+        ("gsa-1.3b", {"mesh": MeshConfig(context=4)}, 32),
+        ("gsa-1.3b", {"length": 1500}, 128),
+        ("gsa-1.3b", {"length": 2**18, "batch_size": 3}, 3),
+        ("gsa-1.3b", {"batch_size": 22}, 11),
+        ("gsa-1.3b", {"accumulation": 64}, 64),
+    ],
+)
+def test_a_device_computes_16k_tokens_at_a_time(name, changes, parts):
+    """As many rows as make them, if they divide its rows of the batch, or else fewer, and at least one."""
+    assert dataclasses.replace(recipe(name), **changes).parts == parts
 
 
 def test_an_unknown_preset_lists_the_known_ones():

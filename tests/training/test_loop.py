@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from gsa_jax.ops import pallas
 from gsa_jax.training import (
     ConfigError,
     DataConfig,
@@ -24,6 +25,8 @@ from gsa_jax.training import (
     train,
 )
 from tests.training.tiny import MODEL, run_config
+
+KERNELS = dataclasses.replace(MODEL, mixers=("gsa",), implementation="pallas")
 
 # Trains, and kills itself with signal 9 before its 11th step, two steps after a checkpoint.
 KILLED_RUN = """
@@ -193,12 +196,25 @@ def test_only_a_run_can_be_resumed_and_only_as_it_was(finished, tmp_path):
         ({"length": 10**6}, DataError, "expected at least length=1000000"),
         ({"model": dataclasses.replace(MODEL, vocab_size=256)}, ConfigError, "vocab_size=256: expected at least 257"),
         ({"mesh": MeshConfig(data=64), "batch_size": 64}, ConfigError, "data=64"),
-        ({"model": dataclasses.replace(MODEL, hidden_size=15)}, ValueError, "hidden_size=15"),
+        ({"model": dataclasses.replace(MODEL, hidden_size=15)}, ConfigError, "model: .*hidden_size=15"),
+        ({"model": KERNELS}, ConfigError, "model: implementation='pallas': .* need a Hopper GPU, .* device is 'cpu'"),
     ],
 )
 def test_the_users_mistakes_leave_no_folder_behind(folder, change, error, message):
     config = dataclasses.replace(run_config(folder, "mistake"), **change)
     with pytest.raises(error, match=message):
+        train(config)
+    assert not os.path.exists(config.run_dir)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "message"),
+    [("float32", "must be bfloat16 or float16, got float32"), ("bfloat16", "multiple of 64, got K=8")],
+)
+def test_kernels_that_do_not_fit_the_model_leave_no_folder_behind(folder, monkeypatch, dtype, message):
+    monkeypatch.setattr(pallas, "_call_misfit", lambda chunk_size: None)  # as on a Hopper GPU
+    config = run_config(folder, "kernels", model=KERNELS, dtype=dtype)
+    with pytest.raises(ConfigError, match=f"model: implementation='pallas': .*{message}"):
         train(config)
     assert not os.path.exists(config.run_dir)
 
