@@ -53,6 +53,7 @@ def test_every_script_has_a_test_below():
         "experiments.benchmarks.ops",
         "experiments.benchmarks.model",
         "experiments.benchmarks.step",
+        "experiments.benchmarks.mesh",
         "experiments.mqar",
         "experiments.plan",
     }

@@ -5,22 +5,20 @@ from jax.sharding import Mesh
 
 from gsa_jax.models import ModelConfig
 
-_LAYER = 2**29
-"""Bytes up to which collectives of one kind become one: about the parameters of a layer, in bfloat16."""
+_MESSAGE = 2**27
+"""Bytes up to which collectives of one kind become one: enough for the full rate of links, and soon on their way."""
 
 OVERLAP = {
     "gpu": {
         # Orders a program by estimates of how long its parts take, so that collectives run beside arithmetic.
         "xla_gpu_enable_latency_hiding_scheduler": True,
-        # Two layers a turn of the loop over layers: the parameters of the next are gathered during the one before.
-        "xla_gpu_enable_while_loop_double_buffering": True,
-        # A layer's parameters in one collective, and its gradients: links reach their rates with large messages.
-        "xla_gpu_all_gather_combine_threshold_bytes": _LAYER,
-        "xla_gpu_reduce_scatter_combine_threshold_bytes": _LAYER,
-        "xla_gpu_all_reduce_combine_threshold_bytes": _LAYER,
+        "xla_gpu_all_gather_combine_threshold_bytes": _MESSAGE,
+        "xla_gpu_reduce_scatter_combine_threshold_bytes": _MESSAGE,
+        "xla_gpu_all_reduce_combine_threshold_bytes": _MESSAGE,
     }
 }
-"""For programs of several devices, by platform: they are to compute while they communicate. Not measured yet."""
+"""For programs of several devices, by platform, so that they compute while they communicate: docs/sharding.md says what
+they brought."""
 
 UNROLLED = {
     "gpu": {
