@@ -141,7 +141,10 @@ def gated_slot_attention_step(q, k, v, log_decay, state, write=None, *, scale=1.
     state = _check_state(state, leading | slots, key_size, value_size, dtype)
 
     log_decay = log_decay.astype(dtype)
-    write = (write_strength(log_decay) if write is None else write).astype(dtype)
+    if write is None:
+        # Both in memory by one kernel, where XLA for GPUs would make two.
+        log_decay, write = lax.optimization_barrier(jnp.stack([log_decay, write_strength(log_decay)]))
+    write = write.astype(dtype)
     keys = scan.write(state.keys, log_decay, write, k.astype(dtype))
     # The barrier has the new values in memory, where the read finds them: XLA for GPUs would compute them a second time
     # from the old ones, of which it first makes a copy.
