@@ -23,17 +23,18 @@ def gates_backward(reads, parts, mild, write, d_key, d_kept, *, out_dtype, inter
     two-byte parts.
 
     Args:
-      reads: two of (A, for j <= i and by the tokens of the chunk, prod(a) ⊙ H x, dy), [B, T, H, 64] each.
-      parts, mild: [P, B, T, G, 64] and [B, G, N, 1], log decays from `gates.chunk_gates`.
-      write: [B, T, G, 64], or None for 1 - exp(log decay), whose gradient then is in that of the log decays.
-      d_key: [B, T, H, 64], gradient of the write key at its chunk's end.
-      d_kept: [B, H, N, 64] float32, gradient of the sum of a chunk's log decays through the states between chunks.
+      reads: two of (A, for j <= i and by the tokens of the chunk [B, T, H, 64], prod(a) ⊙ H x, dy [B, T, H, M]).
+      parts, mild: [P, B, T, G, M] and [B, G, N, M / 64], log decays from `gates.chunk_gates`.
+      write: [B, T, G, M], or None for 1 - exp(log decay), whose gradient then is in that of the log decays.
+      d_key: [B, T, H, M], gradient of the write key at its chunk's end.
+      d_kept: [B, H, N, M] float32, gradient of the sum of a chunk's log decays through the states between chunks.
       out_dtype: of the gradient of the log decays.
 
     Returns:
-      (gradient of the log decays [B, T, H, 64],), with `write` also that of the write strengths, in its dtype.
+      (gradient of the log decays [B, T, H, M],), with `write` also that of the write strengths, in its dtype.
     """
-    batch_size, length, num_heads, _ = d_key.shape
+    batch_size, length, num_heads, num_slots = d_key.shape
+    num_blocks = num_slots // SIZE
     num_parts, num_groups = parts.shape[0], parts.shape[3]
     num_outputs, given = decays.num_parts(out_dtype, d_key.dtype), write is not None
     (scores, before, dy), dtype = zip(*reads, strict=True), d_key.dtype
@@ -42,19 +43,21 @@ def gates_backward(reads, parts, mild, write, d_key, d_kept, *, out_dtype, inter
     def body(chunk, pool, constants, arrived, kept, *refs):
         per_head, (levels_ref, mild_ref, parts_ref, d_kept_ref, *write_refs) = refs[:7], refs[7 : len(operands)]
         d_log_decay_refs, d_write_refs = refs[len(operands) :][:num_outputs], refs[len(operands) + num_outputs :]
-        b, h, n = chunk
-        g, tokens = lax.div(h, num_heads // num_groups), pl.ds(n * SIZE, SIZE)
+        b, hm, n = chunk
+        h, m = lax.div(hm, num_blocks), lax.rem(hm, num_blocks)
+        g, tokens, slots = lax.div(h, num_heads // num_groups), pl.ds(n * SIZE, SIZE), pl.ds(m * SIZE, SIZE)
         parts, written = [pool.at[PARTS + i] for i in range(num_parts)], pool.at[WRITE]
         work = [pool.at[WORK + i] for i in (3, 1, 2, 0)]
-        levels = decays.Levels(levels_ref, parts, pool, WORK + 1 + mild_ref[b, g, n, 0], arrived)
+        levels = decays.Levels(levels_ref, parts, pool, WORK + 1 + mild_ref[b, g, n, m], arrived)
         for i, ref in enumerate(per_head):
-            plgpu.copy_gmem_to_smem(ref.at[b, tokens, h], pool.at[i], arrived["all"])
+            here = (b, tokens, h) if i < 2 else (b, tokens, h, slots)  # scores are by tokens
+            plgpu.copy_gmem_to_smem(ref.at[here], pool.at[i], arrived["all"])
         for i, part in enumerate(parts):
-            plgpu.copy_gmem_to_smem(parts_ref.at[i, b, tokens, g], part, arrived["all"])
-        plgpu.copy_gmem_to_smem(d_kept_ref.at[b, h, n], kept, arrived["all"])
+            plgpu.copy_gmem_to_smem(parts_ref.at[i, b, tokens, g, slots], part, arrived["all"])
+        plgpu.copy_gmem_to_smem(d_kept_ref.at[b, h, n, slots], kept, arrived["all"])
         for ref in write_refs:
-            plgpu.copy_gmem_to_smem(ref.at[b, tokens, g], written, arrived["all"])
-        mild = mild_ref[b, g, n, 0] > 0
+            plgpu.copy_gmem_to_smem(ref.at[b, tokens, g, slots], written, arrived["all"])
+        mild = mild_ref[b, g, n, m] > 0
         plgpu.barrier_wait(arrived["all"])
 
         # The gates until the chunk's end, in the write key, and since its start, in what is read of the state before.
@@ -84,17 +87,17 @@ def gates_backward(reads, parts, mild, write, d_key, d_kept, *, out_dtype, inter
             pool[i] = d_log_decay.astype(dtype)
             d_log_decay -= d_log_decay.astype(dtype).astype(jnp.float32)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(pool.at[i], ref.at[b, tokens, h])
+            plgpu.copy_smem_to_gmem(pool.at[i], ref.at[b, tokens, h, slots])
         for ref in d_write_refs:
             pool[WORK] = d_write.astype(dtype)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(pool.at[WORK], ref.at[b, tokens, h])
+            plgpu.copy_smem_to_gmem(pool.at[WORK], ref.at[b, tokens, h, slots])
 
     outputs = tiles.chunk_kernel(
         "gates_backward",
         body,
-        *[((batch_size, length, num_heads, SIZE), dtype)] * (num_outputs + given),
-        shape=(batch_size, num_heads, d_kept.shape[2]),
+        *[(d_key.shape, dtype)] * (num_outputs + given),
+        shape=(batch_size, num_heads * num_blocks, d_kept.shape[2]),
         dtype=dtype,
         tiles=PARTS + num_parts,
         constants=2,

@@ -15,11 +15,14 @@ from pallas_kernels.states import chunk_states
 from pallas_kernels.tiles import SIZE, vary_alike
 from pallas_kernels.write_backward import write_backward
 
+MOST_SLOTS = 128
+"""slots M whose tiles of one chunk fit in shared memory"""
+
 
 def misfit(q, k, v, log_decay):
     """Why the kernels can't take such arguments, None if they can."""
-    if log_decay.shape[-1] > SIZE:
-        return f"M must be at most {SIZE}, got M={log_decay.shape[-1]}"
+    if log_decay.shape[-1] > MOST_SLOTS:
+        return f"M must be at most {MOST_SLOTS}, got M={log_decay.shape[-1]}"
     return arguments.misfit(q, k, v)
 
 
@@ -29,12 +32,12 @@ def gated_slot_attention(q, k, v, log_decay, write, keys, values, *, scale):
     Args:
       q: [B, T, H, K], bfloat16 or float16, K and V multiples of 64.
       k, v: [B, T, G, K], [B, T, G, V] of the same dtype.
-      log_decay: [B, T, G, M], M at most 64.
+      log_decay: [B, T, G, M], M at most 128.
       write: [B, T, G, M], or None for 1 - exp(log_decay), which then is never in memory.
       keys, values: the states that the first token finds, [B, G, M, K], [B, G, M, V] in float32.
     """
     length, num_slots = log_decay.shape[1], log_decay.shape[3]
-    slots = SIZE - num_slots
+    slots = -num_slots % SIZE
     q, k, v, log_decay, write = pad_tokens(q, k, v, log_decay, write)
     log_decay, write = (x if x is None else jnp.pad(x, ((0, 0),) * 3 + ((0, slots),)) for x in (log_decay, write))
     keys, values = (jnp.pad(x, ((0, 0), (0, 0), (0, slots), (0, 0))) for x in (keys, values))
@@ -67,7 +70,7 @@ def _backward(scale, num_slots, saved, cotangents):
     per_head = q.shape[2] // num_groups
     gates_dtype = like_log_decay.dtype if per_head == 1 else jnp.float32
 
-    dq, d_value_scores, d_value_before, ds, d_key_scores, key_reading, value_reading = slot_read_backward(
+    dq, d_value_scores, d_key_scores, d_value_before, ds, key_reading, value_reading = slot_read_backward(
         d_out, k, v, parts, mild, write, keys, values, p, scale=scale
     )
     d_keys, d_first_keys, keys_dot = chunk_states(

@@ -1,16 +1,14 @@
 """Gradient of Gated Slot Attention's read in the queries, and of its softmax: all chunks side by side."""
 
+import functools
+import operator
+
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 from jax import lax
 
-from pallas_kernels import columns, decays, tiles
+from pallas_kernels import columns, decays, slots, tiles
 from pallas_kernels.tiles import SIZE
-
-VALUE_STAGES, KEY_TILES = 3, 8
-"""in flight of the loops over channels: steps of three tiles, and tiles"""
-OUT, WRITE, SCORES, PARTS, REST = range(KEY_TILES, KEY_TILES + 5)
-"""scratch tiles: the first loop's last one, then those behind the loops'"""
 
 
 def slot_read_backward(d_out, k, v, parts, mild, write, keys, values, p, *, scale, interpret=None):
@@ -23,99 +21,112 @@ def slot_read_backward(d_out, k, v, parts, mild, write, keys, values, p, *, scal
         dq_i = Kmemᵀ (prod(a[first..i]) ⊙ ds_i)  +  Σ_{j<=i} B_ij k_j
 
     Args:
-      d_out: [B, T, H, V]; p: [B, T, H, 64]; the others as for `slot_read`.
+      d_out: [B, T, H, V]; p: [B, T, H, M]; the others as for `slot_read`.
 
     Returns:
-      dq [B, T, H, K], and [B, T, H, 64] each: dA' for j <= i, prod(a) ⊙ Vmem do, ds, B, prod(a) ⊙ ds, prod(a) ⊙ p.
+      dq [B, T, H, K]; dA' for j <= i and B [B, T, H, 64], by the tokens of the chunk; and [B, T, H, M] each:
+      prod(a) ⊙ Vmem do, ds, prod(a) ⊙ ds, prod(a) ⊙ p.
     """
     batch_size, length, num_heads, value_size = d_out.shape
     num_groups, key_size = k.shape[2:]
     num_parts, dtype = parts.shape[0], k.dtype
     gates = (decays.level_tiles(dtype), mild, parts) + (() if write is None else (write,))
+    num_slots = keys.shape[3]
+    blocks = slots.ranges(num_slots)
+    scratch = slots.scratch(len(blocks))
 
     def body(chunk, pool, constants, arrived, d_out_ref, k_ref, v_ref, keys_ref, values_ref, p_ref, *refs):
         (levels_ref, mild_ref, parts_ref, *write_refs), outputs = refs[: len(gates)], refs[len(gates) :]
-        dq_ref, d_scores_ref, d_before_ref, ds_ref, b_ref, key_ref, value_ref = outputs
+        dq_ref, d_scores_ref, b_ref, d_before_ref, ds_ref, key_ref, value_ref = outputs
         b, h, n = chunk
         g, tokens = lax.div(h, num_heads // num_groups), pl.ds(n * SIZE, SIZE)
-        out, written, scores = (pool.at[i] for i in (OUT, WRITE, SCORES))
-        parts, rest = [pool.at[PARTS + i] for i in range(num_parts)], pool.at[REST]
-        reader = parts[0]  # once the log decays are used up
+        out, scores = pool.at[scratch.out], pool.at[scratch.scores]
+        readers = [pool.at[own.parts] for own in scratch.blocks]  # once the log decays are used up
 
-        def save(ref, x, tile=out):
+        def save(ref, x, tile, *block):
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             tile[...] = x.astype(dtype)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(tile, ref.at[b, tokens, h])
+            plgpu.copy_smem_to_gmem(tile, ref.at[b, tokens, h, *block])
+
+        def rows_of(ref):
+            return lambda block: lambda channels: ref.at[b, g, n, block, channels]
 
         start_values, finish_values = columns.inner_products(
             [
                 lambda channels: d_out_ref.at[b, tokens, h, channels],
                 lambda channels: v_ref.at[b, tokens, g, channels],
-                lambda channels: values_ref.at[b, g, n, :, channels],
+                *map(rows_of(values_ref), blocks),
             ],
-            [(0, 1), (0, 2)],
+            [(0, 1 + i) for i in range(1 + len(blocks))],
             value_size,
             pool,
-            VALUE_STAGES,
+            slots.STAGES,
             arrived["value"],
         )
         start_keys, finish_keys = columns.add_products(
-            [scores, reader],
-            [
-                lambda channels: k_ref.at[b, tokens, g, channels],
-                lambda channels: keys_ref.at[b, g, n, :, channels],
-            ],
+            [scores, *readers],
+            [lambda channels: k_ref.at[b, tokens, g, channels], *map(rows_of(keys_ref), blocks)],
             lambda channels: dq_ref.at[b, tokens, h, channels],
             key_size,
             pool,
-            (0, KEY_TILES),
-            (OUT, 2),
+            (0, scratch.ring),
+            (scratch.out, 2),
             arrived["key"],
         )
 
-        for i, part in enumerate(parts):
-            plgpu.copy_gmem_to_smem(parts_ref.at[i, b, tokens, g], part, arrived["gates"])
-        plgpu.copy_gmem_to_smem(p_ref.at[b, tokens, h], scores, arrived["gates"])
-        for ref in write_refs:
-            plgpu.copy_gmem_to_smem(ref.at[b, tokens, g], written, arrived["gates"])
+        for block, own in zip(blocks, scratch.blocks, strict=True):
+            for i in range(num_parts):
+                here = parts_ref.at[i, b, tokens, g, block]
+                plgpu.copy_gmem_to_smem(here, pool.at[own.parts + i], arrived["gates"])
+            plgpu.copy_gmem_to_smem(p_ref.at[b, tokens, h, block], pool.at[own.p], arrived["gates"])
+            for ref in write_refs:
+                plgpu.copy_gmem_to_smem(ref.at[b, tokens, g, block], pool.at[own.write], arrived["gates"])
         start_values()
-        mild = mild_ref[b, g, n, 0] > 0
+        mild = functools.reduce(operator.and_, [mild_ref[b, g, n, i] > 0 for i in range(len(blocks))])
         plgpu.barrier_wait(arrived["gates"])
-        p = tiles.load(scores)
-        levels = decays.Levels(levels_ref, parts, pool, 0 + mild_ref[b, g, n, 0], arrived)
-        pairs = decays.Pairs(mild, levels, written, constants, derived=not write_refs, rest=rest)
+        p = [tiles.load(pool.at[own.p]) for own in scratch.blocks]
+        pairs = []
+        for own in scratch.blocks:
+            parts = [pool.at[own.parts + i] for i in range(num_parts)]
+            levels = decays.Levels(levels_ref, parts, pool, 0 + mild_ref[b, g, n, 0], arrived)
+            write, rest = pool.at[own.write], pool.at[own.rest]
+            pairs.append(decays.Pairs(mild, levels, write, constants, derived=not write_refs, rest=rest))
 
-        d_scores, dp = finish_values()
+        d_scores, *dp = finish_values()
         pl.when(mild)(start_keys)
-        save(d_scores_ref, pairs.causal(d_scores), scores)
-        dp *= pairs.through
-        save(d_before_ref, dp)
-        dp += pairs.sums(scores)
-        save(value_ref, p * pairs.through)
+        save(d_scores_ref, pairs[0].causal(d_scores), scores)
+        for i, block in enumerate(blocks):
+            dp[i] *= pairs[i].through
+            save(d_before_ref, dp[i], out, block)
+            dp[i] += pairs[i].sums(scores)
+            save(value_ref, p[i] * pairs[i].through, out, block)
         # p was rounded: divided by its sum, so that a gradient common to all slots cancels.
-        ds = scale * p * (dp - tiles.along_rows((p * dp).sum(axis=1) / p.sum(axis=1)))
-        save(ds_ref, ds)
-        save(b_ref, pairs.causal(pairs.scores(ds)), scores)
-        save(key_ref, ds * pairs.through, reader)
+        mean = sum((x * dx).sum(axis=1) for x, dx in zip(p, dp, strict=True)) / sum(x.sum(axis=1) for x in p)
+        ds = [scale * x * (dx - tiles.along_rows(mean)) for x, dx in zip(p, dp, strict=True)]
+        for block, dx in zip(blocks, ds, strict=True):
+            save(ds_ref, dx, out, block)
+        b_scores = sum(of_block.scores(dx) for dx, of_block in zip(ds, pairs, strict=True))
+        save(b_ref, pairs[0].causal(b_scores), scores)
+        for block, reader, dx, of_block in zip(blocks, readers, ds, pairs, strict=True):
+            save(key_ref, dx * of_block.through, reader, block)
         pl.when(~mild)(start_keys)
         finish_keys()
 
-    per_token = (batch_size, length, num_heads, SIZE)
+    per_token = batch_size, length, num_heads
     return tiles.chunk_kernel(
         "slot_read_backward",
         body,
-        ((batch_size, length, num_heads, key_size), dtype),
-        *[(per_token, dtype)] * 6,
+        *[((*per_token, size), dtype) for size in (key_size, SIZE, SIZE, *[num_slots] * 4)],
         shape=(batch_size, num_heads, keys.shape[2]),
         dtype=dtype,
-        tiles=REST + 1,
+        tiles=scratch.total,
         constants=1,
         arrivals={
-            "value": (VALUE_STAGES, 3),
-            "key": (KEY_TILES, 1),
+            "value": (slots.STAGES, 2 + len(blocks)),
+            "key": (scratch.ring, 1),
             **decays.Levels.ARRIVALS,
-            "gates": num_parts + 1 + (write is not None),
+            "gates": len(blocks) * (num_parts + 1 + (write is not None)),
         },
         interpret=interpret,
     )(decays.constant_tiles(dtype), d_out, k, v, keys, values, p, *gates)

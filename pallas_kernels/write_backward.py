@@ -7,13 +7,11 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import tiles
+from pallas_kernels import slots, tiles
 from pallas_kernels.tiles import SIZE, SQUARE
 
 STAGES = 3
-"""steps of the loops over channels that are in flight, of three tiles each"""
-KEY, SCORES = 3 * STAGES, 3 * STAGES + 1
-"""scratch tiles behind those of the loops: the key, the scores of each memory, two for results"""
+"""steps of the loops over channels that are in flight, of two tiles and one for every 64 slots"""
 
 
 def write_backward(memories, key, interpret=None):
@@ -24,14 +22,19 @@ def write_backward(memories, key, interpret=None):
 
     Args:
       memories: a sequence of (x [B, T, G, D] written, y [B, T, H, D] that multiplies the scores, S [B, T, H, 64] the
-        scores i by the tokens j of the chunk, dH [B, H, N, 64, D] the gradient of the state that leaves the chunk).
-      key: [B, T, G, 64], the write key at its chunk's end.
+        scores i by the tokens j of the chunk, dH [B, H, N, M, D] the gradient of the state that leaves the chunk).
+      key: [B, T, G, M], the write key at its chunk's end.
 
     Returns:
-      (dkey [B, T, H, 64], dx [B, T, H, D] for every memory)
+      (dkey [B, T, H, M], dx [B, T, H, D] for every memory)
     """
     batch_size, length, num_heads, _ = memories[0][1].shape
-    num_groups, dtype = key.shape[2], key.dtype
+    num_groups, num_slots = key.shape[2:]
+    blocks, dtype = slots.ranges(num_slots), key.dtype
+    per_step = 2 + len(blocks)
+    # Scratch tiles behind those of the loops: the key, the scores of each memory, two for results.
+    KEY = STAGES * per_step
+    SCORES = KEY + len(blocks)
     num_steps = [x.shape[-1] // SIZE for x, *_ in memories]
     operands = [array for memory in memories for array in memory] + [key]
     OUT = SCORES + len(memories)
@@ -45,9 +48,10 @@ def write_backward(memories, key, interpret=None):
         def request(index, step, slot):
             x_ref, y_ref, _, state_ref = memory_refs[index]
             columns, barrier = pl.ds(step * SIZE, SIZE), arrived["step"](slot)
-            plgpu.copy_gmem_to_smem(x_ref.at[b, tokens, g, columns], pool.at[3 * slot], barrier)
-            plgpu.copy_gmem_to_smem(y_ref.at[b, tokens, h, columns], pool.at[3 * slot + 1], barrier)
-            plgpu.copy_gmem_to_smem(state_ref.at[b, h, n, :, columns], pool.at[3 * slot + 2], barrier)
+            sources = [x_ref.at[b, tokens, g, columns], y_ref.at[b, tokens, h, columns]]
+            sources += [state_ref.at[b, h, n, block, columns] for block in blocks]
+            for i, source in enumerate(sources):
+                plgpu.copy_gmem_to_smem(source, pool.at[per_step * slot + i], barrier)
 
         def request_later(index, step, slot):
             """The step that comes `STAGES` steps later, of the same memory or of the next."""
@@ -63,7 +67,8 @@ def write_backward(memories, key, interpret=None):
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(tile, ref)
 
-        plgpu.copy_gmem_to_smem(key_ref.at[b, tokens, g], pool.at[KEY], arrived["key"])
+        for i, block in enumerate(blocks):
+            plgpu.copy_gmem_to_smem(key_ref.at[b, tokens, g, block], pool.at[KEY + i], arrived["key"])
         for index, (_, _, scores_ref, _) in enumerate(memory_refs):
             plgpu.copy_gmem_to_smem(scores_ref.at[b, tokens, h], pool.at[SCORES + index], arrived["scores"](index))
         for number, (index, step) in enumerate(first_steps):
@@ -72,35 +77,38 @@ def write_backward(memories, key, interpret=None):
         def one_step(index, d_key, step, _):
             number = sum(num_steps[:index]) + step
             slot = lax.rem(number, STAGES)
-            x, y, d_state = (pool.at[3 * slot + i] for i in range(3))
+            x, y, *d_state = (pool.at[per_step * slot + i] for i in range(per_step))
             plgpu.barrier_wait(arrived["step"](slot))
-            plgpu.wgmma(d_key, x, tiles.transposed(d_state))
-            dx = tiles.product((tiles.transposed(pool.at[SCORES + index]), y), (pool.at[KEY], d_state))
+            for accumulator, rows in zip(d_key, d_state, strict=True):
+                plgpu.wgmma(accumulator, x, tiles.transposed(rows))
+            through_state = [(pool.at[KEY + i], rows) for i, rows in enumerate(d_state)]
+            dx = tiles.product((tiles.transposed(pool.at[SCORES + index]), y), *through_state)
             plgpu.wait_smem_to_gmem(1, wait_read_only=True)
             request_later(index, step, slot)
             leave(dx, lax.rem(number, 2), dx_refs[index].at[b, tokens, h, pl.ds(step * SIZE, SIZE)])
 
-        def accumulate(d_key):
+        def accumulate(*d_key):
             plgpu.barrier_wait(arrived["key"])
             for index in range(len(memories)):
                 plgpu.barrier_wait(arrived["scores"](index))
                 lax.fori_loop(0, num_steps[index], functools.partial(one_step, index, d_key), None)
-            return d_key[...]
+            return tuple(accumulator[...] for accumulator in d_key)
 
-        d_key = pl.run_scoped(accumulate, plgpu.ACC(SQUARE, jnp.float32))
-        plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-        leave(d_key, sum(num_steps) % 2, d_key_ref.at[b, tokens, h])
+        d_key = pl.run_scoped(accumulate, *[plgpu.ACC(SQUARE, jnp.float32)] * len(blocks))
+        for number, (block, rows) in enumerate(zip(blocks, d_key, strict=True), sum(num_steps)):
+            plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+            leave(rows, number % 2, d_key_ref.at[b, tokens, h, block])
 
     first_steps = [(index, step) for index, steps in enumerate(num_steps) for step in range(steps)][:STAGES]
     return tiles.chunk_kernel(
         "write_backward",
         body,
-        ((batch_size, length, num_heads, SIZE), dtype),
+        ((batch_size, length, num_heads, num_slots), dtype),
         *[((batch_size, length, num_heads, x.shape[-1]), dtype) for x, *_ in memories],
         shape=(batch_size, num_heads, memories[0][3].shape[2]),
         dtype=dtype,
         tiles=OUT + 2,
         constants=0,
-        arrivals={"step": (STAGES, 3), "scores": (len(memories), 1), "key": 1},
+        arrivals={"step": (STAGES, per_step), "scores": (len(memories), 1), "key": len(blocks)},
         interpret=interpret,
     )(jnp.zeros((1, *SQUARE), dtype), *operands)

@@ -65,15 +65,15 @@ def check_chunk_size(chunk_size):
         raise ValueError(f"chunk_size must be a power of two or None, got {chunk_size!r}")
 
 
-def select(implementation, implementations, misfit, spreads):
+def select(implementation, implementations, misfit, on_request):
     """The name of the implementation to run: the one asked for, for None the fastest that fits.
 
-    `misfit` says why "pallas" does not fit, or is None; where XLA may have to spread the computation over several
-    devices, which it can't do with a kernel, `spreads` is true and None does not take it. Raises if "pallas" is asked
-    for and does not fit, and for names that are unknown.
+    `misfit` says why "pallas" does not fit, or is None; where it fits and None should not take it all the same,
+    `on_request` is true: where XLA may have to spread the computation over several devices, which it can't do with a
+    kernel. Raises if "pallas" is asked for and does not fit, and for names that are unknown.
     """
     if implementation is None:
-        return "chunked" if misfit or spreads else "pallas"
+        return "chunked" if misfit or on_request else "pallas"
     if implementation not in implementations:
         known = ", ".join(map(repr, implementations))
         raise ValueError(f"implementation must be one of {known} or None, got {implementation!r}")

@@ -42,7 +42,7 @@ NO_FIT = {
     "dtype": (slot_attention, {}, {"dtype": jnp.float32}, "q, k and v must be bfloat16 or float16, got float32"),
     "K": (slot_attention, {"K": 48}, {}, "K must be a multiple of 64, got K=48"),
     "V": (slot_attention, {"V": 100}, {}, "V must be a multiple of 64, got V=100"),
-    "M": (slot_attention, {"M": 128}, {}, "M must be at most 64, got M=128"),
+    "M": (slot_attention, {"M": 129}, {}, "M must be at most 128, got M=129"),
     "linear dtype": (linear_attention, {}, {"dtype": jnp.float32}, "q, k and v must be bfloat16 or float16"),
     "linear K": (linear_attention, {"K": 65}, {}, "K must be a multiple of 64, got K=65"),
     "linear, large K": (linear_attention, {"K": 2048}, {}, f"K must be at most {LARGEST_KEY}, got K=2048"),
@@ -87,6 +87,12 @@ def check_refused(op, arrays, message, on=None, **options):
 def test_hopper_devices(device):
     with jax.sharding.use_abstract_mesh(mesh(device)):
         jax.eval_shape(functools.partial(slot_attention, implementation="pallas"), shapes(slot_attention, FITTING))
+
+
+def test_many_slots_are_on_request():
+    arrays = shapes(slot_attention, FITTING._replace(M=65))
+    assert count_kernels(slot_attention, arrays) == 0
+    assert count_kernels(functools.partial(slot_attention, implementation="pallas"), arrays) > 0
 
 
 @pytest.mark.parametrize("op", OPS)

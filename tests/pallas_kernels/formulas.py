@@ -65,14 +65,14 @@ def slot_read(q, k, v, log_decay, write, keys, values, scale, num_slots):
 
 
 def slot_read_backward(d_out, k, v, log_decay, write, keys, values, p, scale):
-    """(dq, dA', prod(a) ⊙ Vmem do, ds, B, prod(a) ⊙ ds, prod(a) ⊙ p)"""
+    """(dq, dA', B, prod(a) ⊙ Vmem do, ds, prod(a) ⊙ ds, prod(a) ⊙ p)"""
     d_scores = np.einsum("...iv,...jv->...ij", d_out, v)
     before = through(log_decay) * np.einsum("...iv,...mv->...im", d_out, values)
     dp = before + np.einsum("...ij,...ijm->...im", d_scores, _weights(log_decay, write))
     ds = scale * p * (dp - np.sum(p * dp, axis=-1, keepdims=True))
     b = np.einsum("...im,...ijm->...ij", ds, _weights(log_decay, write))
     key, value = through(log_decay) * ds, through(log_decay) * p
-    return b @ k + key @ keys, np.tril(d_scores), before, ds, b, key, value
+    return b @ k + key @ keys, np.tril(d_scores), b, before, ds, key, value
 
 
 def write_backward(memories, key):

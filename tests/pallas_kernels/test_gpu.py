@@ -93,6 +93,12 @@ def test_float16_with_gates_in_float16(gates):
     check_case(slot_attention, (arrays, cotangents))
 
 
+@pytest.mark.parametrize("gates", GATES)
+@pytest.mark.parametrize("write", [False, True])
+def test_many_slots(gates, write):
+    check_case(slot_attention, make_case(slot_attention, GROUPED._replace(M=100), gates=gates, write=write))
+
+
 def test_one_token_with_gates_in_bfloat16():
     arrays, cotangents = make_case(slot_attention, Sizes(3, 1, 2, 1, 64, 64, 16))
     arrays["log_decay"] = arrays["log_decay"].astype(jnp.bfloat16)

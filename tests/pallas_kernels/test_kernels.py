@@ -132,7 +132,7 @@ def test_slot_read_backward(interpreted, operands):
         results = slot_read_backward(d_out, k, v, *gates, keys, values, p, scale=SCALE)
     memories = per_head(keys, H), per_head(values, H)
     expected = formulas.slot_read_backward(*heads(d_out, k, v), *operands.gates(), *memories, *heads(p), scale=SCALE)
-    check(results, tokens(*expected), "dq d_scores d_before ds b key value")
+    check(results, tokens(*expected), "dq d_scores b d_before ds key value")
 
 
 def test_write_backward(interpreted, operands):

@@ -12,7 +12,7 @@ from tests.pallas_kernels.hopper import count_kernels, forward_and_backward, mes
 
 BF16, F16, F32 = jnp.bfloat16, jnp.float16, jnp.float32
 SMALL = Sizes(B=2, T=100, H=2, G=1, K=64, V=64, M=16)
-RUN = functools.partial(forward_and_backward, slot_attention)
+RUN = functools.partial(forward_and_backward, functools.partial(slot_attention, implementation="pallas"))
 FORWARD, BACKWARD = 4, 5
 """kernels in each direction; for a long sequence of few heads each pass over the states is two"""
 
@@ -29,6 +29,8 @@ def option(name, value):
         (Sizes(2, 100, 4, 2, 256, 64, 64), {"dtype": F16, "gates_dtype": BF16, "write": True}),
         (Sizes(1, 2, 4, 1, 64, 256, 32), {"gates_dtype": BF16}),
         (Sizes(1, 256, 2, 1, 512, 128, 64), {"write": True}),
+        (Sizes(1, 130, 4, 2, 128, 64, 128), {"gates_dtype": BF16}),
+        (Sizes(2, 100, 2, 2, 64, 512, 100), {"dtype": F16, "write": True}),
         (Sizes(2, 100, 2, 2, 128, 512, 32), {"gates_dtype": F16, "write": True}),
     ],
     ids=lambda x: "x".join(map(str, x)) if isinstance(x, Sizes) else "-".join(map(option, x, x.values())),
