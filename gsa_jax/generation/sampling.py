@@ -1,5 +1,6 @@
 """Drawing the next token from logits."""
 
+import math
 from dataclasses import dataclass
 
 import jax
@@ -15,11 +16,11 @@ class SamplingConfig:
     top_k: int | None = None
     """draw among the k most likely tokens"""
     top_p: float | None = None
-    """draw among the fewest most likely tokens that hold this much probability"""
+    """draw among the fewest most likely tokens that hold this much probability (and what ties with the last of them)"""
 
     def __post_init__(self):
-        if self.temperature < 0:
-            raise ValueError(f"temperature must be >= 0, got {self.temperature}")
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature must be >= 0 and finite, got {self.temperature}")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k must be >= 1, got {self.top_k}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
@@ -30,9 +31,9 @@ def sample(logits, key, config):
     """Draws one token per row: logits [B, vocab] -> tokens [B] int32."""
     if config.temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    logits = logits / config.temperature
     if config.top_k is not None:
         logits = keep_top_k(logits, config.top_k)
+    logits = (logits - jnp.max(logits, axis=-1, keepdims=True)) / config.temperature
     if config.top_p is not None:
         logits = keep_top_p(logits, config.top_p)
     return jax.random.categorical(key, logits).astype(jnp.int32)

@@ -55,11 +55,7 @@ class HGRN2(Mixer):
 
     def __call__(self, x, state=None, segment_ids=None, *, lower_bound=0.0):
         """As every mixer; `lower_bound` [D] of the forget gate, in [0, 1), from `lower_bounds`."""
-        logits = self.forget(x)
-        bounded = jnp.greater(lower_bound, 0)  # log_sigmoid alone is exact and differentiable for closed gates
-        forget = jnp.where(bounded, lower_bound + (1 - lower_bound) * nnx.sigmoid(logits), 1)
-        log_forget = jnp.where(bounded, jnp.log(forget), jax.nn.log_sigmoid(logits))
-        key = (1 - lower_bound) * nnx.sigmoid(-logits)
+        log_forget, key = self.log_forget(self.forget(x), lower_bound)
         q = jax.nn.swish(self.q(x))
         out, state = sharded.gated_linear_attention(
             self._heads(q),
@@ -72,6 +68,17 @@ class HGRN2(Mixer):
         )
         return self.out(self.norm(merge_heads(out))), state
 
+    @staticmethod
+    def log_forget(logits, lower_bound):
+        """(log f, 1 - f) of the forget gate f = lower_bound + (1 - lower_bound) sigmoid(logits), both without
+        cancellation; 1 - f is the key."""
+        key = (1 - lower_bound) * nnx.sigmoid(-logits)
+        bounded = jnp.greater(lower_bound, 0)  # log_sigmoid alone is exact and differentiable for closed gates
+        forget = jnp.where(bounded, lower_bound + (1 - lower_bound) * nnx.sigmoid(logits), 1)
+        closer_to_one = jnp.log1p(-jnp.minimum(key, 0.5))
+        log_forget = jnp.where(key < 0.5, closer_to_one, jnp.log(forget))
+        return jnp.where(bounded, log_forget, jax.nn.log_sigmoid(logits)), key
+
     def _heads(self, x):
         return x.reshape(*x.shape[:-1], self.num_heads, self.head_size)
 
@@ -80,11 +87,12 @@ class HGRN2(Mixer):
         return y[:, 0], state
 
     def init_state(self, batch_size, max_length=None):
-        return jnp.zeros((batch_size, self.num_heads, self.head_size, self.head_size))
+        return jnp.zeros((batch_size, self.num_heads, self.head_size, self.head_size), jnp.float32)
 
 
 def lower_bounds(logits):
     """The layers' lower bounds of the forget gate from learned logits [L, D]: 0 in the first layer, growing with depth
     (HGRN, arXiv 2311.04823, section 3.2): a cumulative softmax over the layers less its first row."""
-    shares = jax.nn.softmax(logits, axis=0)[1:]
-    return jnp.pad(jnp.cumsum(shares, axis=0), ((1, 0), (0, 0)))
+    shares = jax.nn.softmax(logits.astype(jnp.float32), axis=0)[1:]
+    below_one = 1 - jnp.finfo(jnp.float32).eps
+    return jnp.pad(jnp.minimum(jnp.cumsum(shares, axis=0), below_one), ((1, 0), (0, 0)))

@@ -75,7 +75,7 @@ class LinearAttentionLayer(Mixer):
         raise NotImplementedError
 
     def init_state(self, batch_size, max_length=None):
-        memory = jnp.zeros((batch_size, *self.memory_shape))
+        memory = jnp.zeros((batch_size, *self.memory_shape), jnp.float32)
         return LinearAttentionState(memory, self.projections.init_state(batch_size), jnp.int32(0))
 
 
@@ -181,4 +181,4 @@ class LinearAttention(LinearAttentionLayer):
 
     def log_decay(self, x):
         """Zeros: nothing is forgotten."""
-        return jnp.zeros((*x.shape[:-1], self.memory_shape[0], 1))
+        return jnp.zeros((*x.shape[:-1], self.memory_shape[0], 1), jnp.float32)

@@ -106,7 +106,8 @@ class GatedSlotAttention(Mixer):
     def init_state(self, batch_size, max_length=None):
         groups, slots, key_size, value_size = self.memory_shape
         memory = SlotState(
-            jnp.zeros((batch_size, groups, slots, key_size)), jnp.zeros((batch_size, groups, slots, value_size))
+            jnp.zeros((batch_size, groups, slots, key_size), jnp.float32),
+            jnp.zeros((batch_size, groups, slots, value_size), jnp.float32),
         )
         return SlotAttentionState(memory, self.projections.init_state(batch_size), self._init_gate_state(batch_size))
 
@@ -136,4 +137,4 @@ class ABC(GatedSlotAttention):
 
     def _init_gate_state(self, batch_size):
         groups, slots, _, _ = self.memory_shape
-        return jnp.full((batch_size, groups, slots), -jnp.inf)
+        return jnp.full((batch_size, groups, slots), -jnp.inf, jnp.float32)

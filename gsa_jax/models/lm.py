@@ -91,22 +91,27 @@ class LanguageModel(nnx.Module):
             parameters, states, bounds = layer
             new_states = []
             for i, (definition, mixer) in enumerate(zip(definitions, self.config.mixers, strict=True)):
-                block = nnx.merge(definition, parameters[i])
                 mixer_inputs = {"lower_bound": bounds[i]} if mixer == "hgrn2" else {}
-                x, new_state = block(x, None if states is None else states[i], segment_ids, **mixer_inputs)
+                state = None if states is None else states[i]
+                run = self._remat(functools.partial(_run_block, definition))
+                x, new_state = run(parameters[i], x, state, segment_ids, mixer_inputs)
                 new_states.append(new_state)
             x = constrain(x, "batch", "length", None)
             return x, tuple(new_states)
 
         x = constrain(self._embed(tokens), "batch", "length", None)
         layers = (parameters, state, self._lower_bounds())
-        x, state = lax.scan(self._remat(repeat), x, layers, unroll=self.config.unroll)
+        x, state = lax.scan(repeat, x, layers, unroll=self.config.unroll)
         return self.norm(x), state
 
     def _embed(self, tokens):
-        """The tokens' rows of the table, which is gathered in `dtype`; only a split of the vocabulary stays."""
+        """The tokens' rows of the table, which is gathered in `dtype`; only a split of the vocabulary stays.
+
+        They are taken in float32, so that their gradients are added up in float32: thousands in a row of the table.
+        """
         table = constrain(self.embedding.embedding[...].astype(self.dtype), "vocab", "embed")
-        return jnp.take(constrain(table, "vocab", None), tokens, axis=0)
+        table = constrain(table, "vocab", None).astype(jnp.float32)
+        return jnp.take(table, tokens, axis=0).astype(self.dtype)
 
     def logits(self, hidden):
         """hidden [..., D] -> logits [..., vocab] in float32."""
@@ -130,9 +135,15 @@ class LanguageModel(nnx.Module):
         return tuple(states)
 
     def reset_state(self, state, empty, rows):
-        """`state`, with `empty` (what `init_state` made) in the `rows` [B] (bool) where a new document begins."""
+        """`state`, with `empty` (what `init_state` made) in the `rows` [B] (bool) where a new document begins.
+
+        Raises:
+          ValueError: the two differ in shape, as a state of softmax attention that grows: `max_length` bounds it.
+        """
 
         def reset(empty, carried):
+            if empty.shape != carried.shape:
+                raise ValueError(f"empty must have the shapes of state, got {empty.shape}, expected {carried.shape}")
             if carried.ndim < 2:  # a count of tokens, common to all rows
                 return carried
             return jnp.where(rows.reshape(-1, *[1] * (carried.ndim - 2)), empty, carried)
@@ -176,13 +187,18 @@ class LanguageModel(nnx.Module):
         if self.config.remat == "dots":
             policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
         # Without a loop between them XLA would have the backward pass use what the forward pass had, and so save it.
-        return jax.checkpoint(function, policy=policy, prevent_cse=self.config.unroll > 1)
+        together = self.config.unroll > 1 or len(self.config.mixers) > 1
+        return jax.checkpoint(function, policy=policy, prevent_cse=together)
 
     def _lower_bounds(self):
         """HGRN2's lower bounds, [repeats, mixers of the pattern, D]; None without HGRN2."""
         if "hgrn2" not in self.config.mixers:
             return None
         return lower_bounds(self.lower_bounds[...]).reshape(self.num_repeats, len(self.config.mixers), -1)
+
+
+def _run_block(definition, parameters, x, state, segment_ids, mixer_inputs):
+    return nnx.merge(definition, parameters)(x, state, segment_ids, **mixer_inputs)
 
 
 def abstract_model(config, **options):

@@ -35,7 +35,7 @@ def abc_log_decay(write_logits, *, initial_normalizer=None, segment_ids=None):
     _, normalizers = lax.associative_scan(_append, (starts, logits), axis=1)
     in_first_document = lax.cummax(starts.astype(jnp.int32), axis=1) == 0
     initial = initial_normalizer[:, None]
-    normalizers = jnp.where(in_first_document, jnp.logaddexp(initial, normalizers), normalizers)
+    normalizers = jnp.where(in_first_document, logaddexp(initial, normalizers), normalizers)
     before = jnp.concatenate([initial, normalizers[:, :-1]], axis=1)
     return _log_share_kept(jnp.where(starts, -jnp.inf, before), logits), normalizers[:, -1]
 
@@ -53,15 +53,27 @@ def checked_normalizer(write_logits, initial_normalizer, segment_ids):
 
 
 def abc_log_decay_step(write_logits, normalizer):
-    """One token of `abc_log_decay`: write_logits and normalizer [B, G, M]; returns (log_decay, the new normalizer)."""
+    """One token of `abc_log_decay`: write_logits and normalizer [B, G, M]; returns (log_decay, the new normalizer).
+
+    Raises:
+      TypeError, ValueError: an argument has the wrong dtype or shape; the message names it.
+    """
+    check_array("write_logits", write_logits, dict.fromkeys("BGM"))
+    check_array("normalizer", normalizer, dict(zip("BGM", write_logits.shape, strict=True)))
     logits = write_logits.astype(state_dtype(write_logits))
-    return _log_share_kept(normalizer, logits), jnp.logaddexp(normalizer, logits)
+    return _log_share_kept(normalizer, logits), logaddexp(normalizer, logits)
+
+
+def logaddexp(x, y):
+    """log(e^x + e^y), with gradients of zero where both are -inf."""
+    empty = (x == -jnp.inf) & (y == -jnp.inf)
+    return jnp.where(empty, -jnp.inf, jnp.logaddexp(jnp.where(empty, 0, x), y))
 
 
 def _append(left, right):
     """Normalizers of two neighbouring stretches, each (does a document start in it, logsumexp since that start)."""
     (left_start, left_sum), (right_start, right_sum) = left, right
-    return left_start | right_start, jnp.where(right_start, right_sum, jnp.logaddexp(left_sum, right_sum))
+    return left_start | right_start, jnp.where(right_start, right_sum, logaddexp(left_sum, right_sum))
 
 
 def _log_share_kept(normalizer, logits):

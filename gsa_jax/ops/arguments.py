@@ -82,6 +82,16 @@ def select(implementation, implementations, misfit, on_request):
     return implementation
 
 
+def vary_with(x, *others):
+    """`x`, inside `jax.shard_map` varying over all mesh axes over which one of `others`, arrays or None, does."""
+
+    def varying(array):
+        return frozenset() if array is None else jax.typeof(array).manual_axis_type.varying
+
+    axes = frozenset().union(*map(varying, others)) - varying(x)
+    return jax.lax.pcast(x, tuple(axes), to="varying") if axes else x
+
+
 def zero_state(shape, dtype, like):
     """A state of zeros, sharded inside `jax.shard_map` as the array `like` is.
 

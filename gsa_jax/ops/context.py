@@ -102,7 +102,7 @@ def abc_log_decay(write_logits, *, initial_normalizer=None, segment_ids=None, ax
     added = jax.nn.logsumexp(logits, axis=1, where=(starts_after == 0)[:, :, None, None])
     kept = jnp.where(starts.any(axis=1)[:, None, None], -jnp.inf, jnp.zeros_like(added))
     parts = lax.all_gather(jnp.stack([kept, added]), axis_name)
-    normalizer = _fold(lambda z, part: jnp.logaddexp(z + part[0], part[1]), normalizer, parts, axis_name)
+    normalizer = _fold(lambda z, part: abc.logaddexp(z + part[0], part[1]), normalizer, parts, axis_name)
     normalizer = jnp.where(starts[:, :1, None], -jnp.inf, normalizer)
     log_decay, normalizer = abc.abc_log_decay(logits, initial_normalizer=normalizer, segment_ids=segment_ids)
     return log_decay, _of_last_part(normalizer, axis_name)

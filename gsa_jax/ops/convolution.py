@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 
-from gsa_jax.ops.arguments import document_starts
+from gsa_jax.ops.arguments import check_array, check_segment_ids, document_starts
 
 
 def short_convolution(x, kernel, *, initial_state=None, segment_ids=None):
@@ -16,11 +16,19 @@ def short_convolution(x, kernel, *, initial_state=None, segment_ids=None):
 
     Returns:
       (y [B, T, C], the last W - 1 inputs [B, W-1, C], zeros in place of those that are not of x's last document).
+
+    Raises:
+      TypeError, ValueError: an argument has the wrong dtype or shape; the message names it.
     """
+    check_array("x", x, dict.fromkeys("BTC"))
     batch_size, length, num_channels = x.shape
+    check_array("kernel", kernel, {"W": None, "C": num_channels})
+    check_segment_ids(segment_ids, {"B": batch_size, "T": length})
     before = kernel.shape[0] - 1
     if initial_state is None:
         initial_state = jnp.zeros((batch_size, before, num_channels), x.dtype)
+    elif before:
+        check_array("initial_state", initial_state, {"B": batch_size, "W-1": before, "C": num_channels})
     inputs = jnp.concatenate([initial_state, x], axis=1)
     if segment_ids is None:
         return sum(kernel[i] * inputs[:, i : i + length] for i in range(before + 1)), inputs[:, length:]

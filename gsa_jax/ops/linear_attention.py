@@ -11,6 +11,7 @@ from gsa_jax.ops.arguments import (
     select,
     state_dtype,
     ungroup_heads,
+    vary_with,
     zero_state,
 )
 
@@ -81,9 +82,9 @@ def checked_state(q, k, v, log_decay, initial_state, segment_ids):
     dtype = state_dtype(q, log_decay)
     shape = {"B": q.shape[0], "G": num_groups, "K": key_size, "V": value_size}
     if initial_state is None:
-        return zero_state(tuple(shape.values()), dtype, like=k)
+        initial_state = zero_state(tuple(shape.values()), dtype, like=k)
     check_array("initial_state", initial_state, shape)
-    return initial_state.astype(dtype)
+    return vary_with(initial_state.astype(dtype), q, k, v, log_decay, segment_ids)
 
 
 def gated_linear_attention_step(q, k, v, log_decay, state, *, scale=None):

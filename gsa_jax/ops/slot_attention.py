@@ -17,6 +17,7 @@ from gsa_jax.ops.arguments import (
     select,
     state_dtype,
     ungroup_heads,
+    vary_with,
     zero_state,
 )
 
@@ -123,7 +124,8 @@ def checked_state(q, k, v, log_decay, write, initial_state, segment_ids):
         initial_state = SlotState(
             zero_state((*shape, key_size), dtype, like=k), zero_state((*shape, value_size), dtype, like=v)
         )
-    return _check_state(initial_state, slots, key_size, value_size, dtype)
+    state = _check_state(initial_state, slots, key_size, value_size, dtype)
+    return SlotState(*(vary_with(x, q, k, v, log_decay, write, segment_ids) for x in state))
 
 
 def gated_slot_attention_step(q, k, v, log_decay, state, write=None, *, scale=1.0):

@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from gsa_jax.ops.arguments import document_starts
+from gsa_jax.ops.arguments import check_qkv, check_segment_ids, document_starts
 
 SCORES_AT_ONCE = 2**27
-"""Scores of queries with keys that `causal_attention` computes at a time: 0.5 GiB of float32."""
+"""Scores of queries with keys that `stretch_attention` computes at a time: 0.5 GiB of float32."""
 
 
 def softmax_attention(q, k, v, *, window=None, segment_ids=None):
@@ -21,7 +21,14 @@ def softmax_attention(q, k, v, *, window=None, segment_ids=None):
 
     Returns:
       out [B, T, H, K] in q's dtype.
+
+    Raises:
+      TypeError, ValueError: an argument has the wrong dtype, shape or value; the message names it.
     """
+    leading, _, _, _ = check_qkv(q, k, v)
+    check_segment_ids(segment_ids, leading)
+    if window is not None and window < 1:
+        raise ValueError(f"window must be at least 1 or None, got {window}")
     if segment_ids is None:
         window = None if window is None else (window - 1, 0)
         return jax.nn.dot_product_attention(q, k, v, is_causal=True, local_window_size=window)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from gsa_jax.layers import HGRN2, HGRN2Config, lower_bounds
 from gsa_jax.ops import sharded
 from tests.layers.cases import VARIANTS, tokens
 
@@ -38,3 +39,17 @@ def test_bfloat16_rounds_what_is_multiplied_and_no_gate(name):
     rounded, exact = log_decay(name, x), log_decay(name, x.astype(jnp.float32))
     assert rounded.dtype == jnp.float32
     np.testing.assert_allclose(rounded, exact, rtol=1e-5)
+
+
+def test_hgrn2_forgets_exactly_where_its_gate_is_open():
+    logits, bound = jnp.asarray([-30.0, 0.0, 12.0, 16.0]), 0.9
+    layer = HGRN2(128, HGRN2Config(expand_ratio=128), rngs=nnx.Rngs(0))
+    forget = layer.log_forget(logits, bound)[0]
+    share = 1 / (1 + np.exp(np.asarray(logits, np.float64)))
+    np.testing.assert_allclose(forget, np.log1p(-(1 - bound) * share), rtol=1e-5)
+
+
+def test_lower_bounds_stay_below_one_whatever_the_parameters_dtype():
+    logits = 3 * jax.random.normal(jax.random.key(0), (24, 512), jnp.bfloat16)
+    bounds = lower_bounds(logits)
+    assert bounds.dtype == jnp.float32 and jnp.max(bounds) < 1 and jnp.min(bounds) == 0

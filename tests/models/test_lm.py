@@ -157,6 +157,21 @@ def test_unrolled_there_is_no_loop_over_the_depth():
     assert unrolled and not rolled and one == none + 1
 
 
+def test_every_block_is_rematerialized_by_itself():
+    lm = model(config(("gsa", "softmax"), remat="full", num_layers=4))
+    assert str(jax.make_jaxpr(lambda lm: lm(token_ids(8))[0])(lm)).count("remat2[") == 2
+
+
+def test_the_gradients_of_a_frequent_token_are_not_summed_in_bfloat16():
+    tokens = jnp.zeros((2, 600), jnp.int32)
+
+    def gradient(dtype):
+        lm = model(config(("linear",), mlp_size=0), dtype=dtype)
+        return jax.grad(lambda lm: jnp.sum(lm._embed(tokens), dtype=jnp.float32))(lm).embedding.embedding[0]
+
+    assert rel_err(gradient(jnp.bfloat16), gradient(jnp.float32)) < 5e-3
+
+
 def test_remat_saves_less():
     saved = {}
     for remat in ("none", "dots", "full"):

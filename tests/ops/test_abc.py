@@ -131,6 +131,18 @@ def test_gradients_stop_at_document_borders_and_are_finite():
     assert np.all(np.isfinite(d_logits)) and np.any(d_logits[:, 20:])
 
 
+@pytest.mark.parametrize("closed", [slice(0, 2), slice(5, 8)])
+def test_tokens_that_write_nothing_leave_gradients_finite(closed):
+    logits, _ = make_logits()
+    logits = logits.at[:, closed].set(-jnp.inf)
+
+    def loss(logits):
+        log_decay, normalizer = abc_log_decay(logits)
+        return jnp.sum(jnp.exp(log_decay)) + jnp.sum(normalizer)
+
+    assert np.all(np.isfinite(jax.jit(jax.grad(loss))(logits)))
+
+
 @pytest.mark.parametrize("shift", [-1e4, 1e4])
 def test_a_shift_of_all_logits_changes_nothing(shift):
     logits, _ = make_logits()

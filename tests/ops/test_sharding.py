@@ -9,11 +9,14 @@ PROGRAM = """
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from gsa_jax.ops import SlotState, gated_slot_attention
 from tests.ops.cases import IMPLEMENTATIONS, OPS, Sizes, assert_all_close, expected, make_case, outputs_and_gradients
+from tests.ops.cases import slot_attention
 
 assert jax.device_count() == 8
 mesh = jax.make_mesh((4, 2), ("data", "heads"))
@@ -33,6 +36,19 @@ for op in OPS:
             results = jax.jit(sharded)(*inputs)
             assert results[0]["out"].sharding.spec == tokens
             assert_all_close(results, expected(op, arrays, cotangents, segment_ids), 2e-5, implementation)
+
+def from_zeros(q, k, v, log_decay, implementation):
+    size, groups, slots = q.shape[0], k.shape[2], log_decay.shape[3]
+    zeros = SlotState(*(jnp.zeros((size, groups, slots, x.shape[-1])) for x in (k, v)))
+    return gated_slot_attention(q, k, v, log_decay, initial_state=zeros, implementation=implementation)[0]
+
+arrays, _ = make_case(slot_attention, Sizes(4, 20, 4, 2, 6, 5, 7), state=False)
+arrays = [np.asarray(arrays[name]) for name in ("q", "k", "v", "log_decay")]
+placed = jax.device_put(arrays, NamedSharding(mesh, tokens))
+for implementation in IMPLEMENTATIONS:
+    run = functools.partial(from_zeros, implementation=implementation)
+    sharded = jax.shard_map(run, mesh=mesh, in_specs=tokens, out_specs=tokens)
+    assert_all_close({"out": jax.jit(sharded)(*placed)}, {"out": run(*arrays)}, 2e-5, "a state made inside")
 print("all sharded")
 """
 

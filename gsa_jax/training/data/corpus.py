@@ -212,16 +212,19 @@ class _JsonLines:
         self._starts = _line_starts(path)
 
     def rows(self) -> np.ndarray:
-        return np.flatnonzero(np.diff(self._starts) > 1)
+        sizes = np.diff(self._starts)
+        rows = np.flatnonzero(sizes > 1)
+        with open(self.path, "rb") as file:
+            blank = [row for row in np.flatnonzero(sizes == 2) if _read(file, self._starts[row], 1) == b"\r"]
+        return np.setdiff1d(rows, blank)
 
     def read(self, row: int) -> str:
         start, end = self._starts[row : row + 2]
         with open(self.path, "rb") as file:
-            file.seek(start)
-            line = file.read(end - start - 1)
+            line = _read(file, start, end - start - 1)
         where = f"{self.path}, line {row + 1}"
         try:
-            record = json.loads(line.decode("utf-8"))
+            record = json.loads(line.decode("utf-8-sig"))
         except UnicodeDecodeError as error:
             raise DataError(f"{where}: expected UTF-8 text, got {error}") from None
         except (json.JSONDecodeError, RecursionError) as error:
@@ -231,6 +234,11 @@ class _JsonLines:
         if self._field not in record:
             raise DataError(f"{where}: no field {self._field!r}, the line has {_listed(record)}")
         return _checked_text(record[self._field], f"{where}, field {self._field!r}")
+
+
+def _read(file, start: int, size: int) -> bytes:
+    file.seek(start)
+    return file.read(size)
 
 
 def _line_starts(path: Path) -> np.ndarray:

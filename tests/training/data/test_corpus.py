@@ -41,6 +41,13 @@ def test_text_directory_is_recursive_and_sorted(tmp_path):
     assert names(tmp_path / "**" / "*.txt", "all") == ["a/c.txt", "a/z.txt", "b.txt"]
 
 
+def test_jsonl_of_other_systems(tmp_path):
+    """A byte order mark, and lines that end as on Windows."""
+    path = tmp_path / "corpus.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"text": "one"}\r\n\r\n{"text": "two"}\r\n')
+    assert list(open_corpus(str(path), "all")) == ["one", "two"]
+
+
 @settings(max_examples=30, deadline=None)
 @given(texts=st.lists(st.text(), min_size=1, max_size=6), newline=st.booleans(), blank=st.integers(0, 3))
 def test_jsonl_returns_its_documents(tmp_path_factory, texts, newline, blank):
