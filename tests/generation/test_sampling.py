@@ -96,7 +96,7 @@ def test_temperature_zero_takes_the_most_likely(logits, top_k, top_p):
     ("settings", "message"),
     [
         ({"temperature": -0.1}, "temperature must be >= 0 and finite, got -0.1"),
-            ({"temperature": float("nan")}, "temperature must be >= 0 and finite, got nan"),
+        ({"temperature": float("nan")}, "temperature must be >= 0 and finite, got nan"),
         ({"top_k": 0}, "top_k must be >= 1, got 0"),
         ({"top_p": 0.0}, r"top_p must be in \(0, 1\], got 0.0"),
         ({"top_p": 1.1}, r"top_p must be in \(0, 1\], got 1.1"),
