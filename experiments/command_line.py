@@ -1,6 +1,7 @@
 """What the scripts share: mistakes of the user end in a message and exit code 2."""
 
 import contextlib
+import os
 import sys
 from collections.abc import Iterator
 
@@ -8,12 +9,17 @@ from collections.abc import Iterator
 @contextlib.contextmanager
 def user_errors() -> Iterator[None]:
     """Turns errors into one line: those that a user can mend (bad settings, files, checkpoints) with exit code 2, a
-    training that diverged with exit code 1."""
+    training that diverged with exit code 1, Ctrl-C with 130; whoever stops reading the output ends it quietly."""
     try:
         yield
     except FloatingPointError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from error
+    except KeyboardInterrupt as interrupt:
+        raise SystemExit(130) from interrupt
+    except BrokenPipeError as closed:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left unwritten goes nowhere
+        raise SystemExit(141) from closed
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error

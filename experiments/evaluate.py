@@ -102,7 +102,13 @@ def token_losses(definition, parameters, state, empty, batch):
 
 
 def summarize(sums: np.ndarray) -> dict:
-    """The numbers over all tokens and by position."""
+    """The numbers over all tokens and by position.
+
+    Raises:
+      ValueError: there are no tokens.
+    """
+    if not sums[:, 1].any():
+        raise ValueError("data: there is no text in it, expected at least one byte")
 
     def rates(nats, tokens, num_bytes):
         return {
@@ -122,7 +128,8 @@ def print_table(results: dict) -> None:
     for row in results["by_position"]:
         bits = "" if row["bits_per_byte"] is None else f"{row['bits_per_byte']:.4f}"
         print(f"{row['from']:>10,} to {row['to'] - 1:>8,} {row['tokens']:>12,} {row['perplexity']:>11.4f} {bits:>10}")
-    print(f"{'all':>22} {results['tokens']:>12,} {results['perplexity']:>11.4f} {results['bits_per_byte']:>10.4f}")
+    bits = "" if results["bits_per_byte"] is None else f"{results['bits_per_byte']:.4f}"
+    print(f"{'all':>22} {results['tokens']:>12,} {results['perplexity']:>11.4f} {bits:>10}")
 
 
 def plot(results: dict, path: Path) -> None:

@@ -117,7 +117,7 @@ class TrainConfig:
         for name in ("accumulation", "eval_batches"):
             value = getattr(self, name)
             _check(value is None or value >= 1, f"{name}={value}", "at least 1")
-        _check(self.seed >= 0, f"seed={self.seed}", "at least 0")
+        _check(0 <= self.seed < 2**32, f"seed={self.seed}", "at least 0 and less than 2^32")
         rows = (self.accumulation or 1) * self.mesh.data * self.mesh.fsdp
         _check(
             self.batch_size % rows == 0,

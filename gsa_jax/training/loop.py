@@ -264,6 +264,9 @@ def _check_run_dir(run_dir: Path, config: TrainConfig, resume: bool) -> None:
         return
     if not stored.is_file():
         raise ConfigError(f"run_dir={config.run_dir!r}: there is no run to resume, expected a config.json")
+    done = next(reversed(read_metrics(run_dir)), {"step": 0})["step"]
+    if config.steps < done:
+        raise ConfigError(f"steps={config.steps}: the run has come to step {done}, expected at least as many")
     changed = differences(json.loads(stored.read_text()), json.loads(config.to_json()))
     fixed = [text for name, text in changed.items() if name.split(".")[0] in _FIXED]
     if fixed:

@@ -62,6 +62,7 @@ def test_json_of_something_else_is_refused(text, message):
         ({"accumulation": 0}, "accumulation=0: expected at least 1"),
         ({"keep": 0}, "keep=0"),
         ({"seed": -1}, "seed=-1"),
+        ({"seed": 2**32}, "seed=4294967296"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(changes, message):

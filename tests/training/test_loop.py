@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -154,6 +155,9 @@ def test_a_finished_run_can_be_resumed_and_prolonged(folder, finished):
     first = train(config)
     assert train(config, resume=True).metrics == first.metrics
     assert train(dataclasses.replace(config, steps=4), resume=True).step == 4
+    with pytest.raises(ConfigError, match="steps=3: the run has come to step 4"):
+        train(dataclasses.replace(config, steps=3), resume=True)
+    assert json.loads((Path(config.run_dir) / "config.json").read_text())["steps"] == 4
     assert [line["step"] for line in read_metrics(config.run_dir)] == [2, 4]
 
 
