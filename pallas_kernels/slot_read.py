@@ -1,7 +1,6 @@
 """Gated Slot Attention's read: all chunks side by side, everything between q and out of a chunk on chip."""
 
 import functools
-import operator
 
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -36,8 +35,8 @@ def slot_read(q, k, v, parts, mild, write, keys, values, *, scale, num_slots, re
     num_parts, dtype = parts.shape[0], q.dtype
     gates = (decays.level_tiles(dtype), mild, parts) + (() if write is None else (write,))
     padded_slots = keys.shape[3]
-    blocks = slots.ranges(padded_slots)
-    scratch = slots.scratch(len(blocks))
+    scratch = slots.scratch(padded_slots)
+    blocks = [block.slots for block in scratch.blocks]
 
     def body(chunk, pool, constants, arrived, q_ref, k_ref, v_ref, keys_ref, values_ref, *refs):
         (levels_ref, mild_ref, parts_ref, *write_refs), outputs = refs[: len(gates)], refs[len(gates) :]
@@ -45,7 +44,7 @@ def slot_read(q, k, v, parts, mild, write, keys, values, *, scale, num_slots, re
         b, h, n = chunk
         g, tokens = lax.div(h, num_heads // num_groups), pl.ds(n * SIZE, SIZE)
         out, scores = pool.at[scratch.out], pool.at[scratch.scores]
-        readers = [pool.at[own.parts] for own in scratch.blocks]  # once the log decays are used up
+        readers = [pool.at[block.parts] for block in scratch.blocks]  # once the log decays are used up
 
         def save(index, tile, *block):
             if residual_refs:
@@ -86,24 +85,14 @@ def slot_read(q, k, v, parts, mild, write, keys, values, *, scale, num_slots, re
             arrived["value"],
         )
 
-        for block, own in zip(blocks, scratch.blocks, strict=True):
-            for i in range(num_parts):
-                here = parts_ref.at[i, b, tokens, g, block]
-                plgpu.copy_gmem_to_smem(here, pool.at[own.parts + i], arrived["gates"])
-            for ref in write_refs:
-                plgpu.copy_gmem_to_smem(ref.at[b, tokens, g, block], pool.at[own.write], arrived["gates"])
+        slots.request_gates(scratch, pool, parts_ref, write_refs, (b, tokens, g), arrived)
         start_keys()
-        mild = functools.reduce(operator.and_, [mild_ref[b, g, n, i] > 0 for i in range(len(blocks))])
-        plgpu.barrier_wait(arrived["gates"])
-        pairs = []
-        for own in scratch.blocks:
-            parts = [pool.at[own.parts + i] for i in range(num_parts)]
-            levels = decays.Levels(levels_ref, parts, pool, 0 + mild_ref[b, g, n, 0], arrived)
-            write, rest = pool.at[own.write], pool.at[own.rest]
-            pairs.append(decays.Pairs(mild, levels, write, constants, derived=not write_refs, rest=rest))
+        pairs = slots.pairs(
+            scratch, pool, num_parts, levels_ref, mild_ref, (b, g, n), constants, arrived, derived=not write_refs
+        )
 
         qk, *logits = finish_keys()
-        pl.when(mild)(start_values)
+        pl.when(pairs[0].mild)(start_values)
         scores[...] = pairs[0].causal(qk)
         logits = [x * of_block.through for x, of_block in zip(logits, pairs, strict=True)]
         save_blocks(3, logits)
@@ -119,7 +108,7 @@ def slot_read(q, k, v, parts, mild, write, keys, values, *, scale, num_slots, re
         for reader, x, of_block in zip(readers, p, pairs, strict=True):
             reader[...] = (x * of_block.through).astype(dtype)
         plgpu.commit_smem()
-        pl.when(~mild)(start_values)
+        pl.when(~pairs[0].mild)(start_values)
         save(2, out, blocks[0])
         save(1, scores)
         finish_values()

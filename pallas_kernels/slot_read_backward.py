@@ -1,8 +1,5 @@
 """Gradient of Gated Slot Attention's read in the queries, and of its softmax: all chunks side by side."""
 
-import functools
-import operator
-
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 from jax import lax
@@ -32,8 +29,8 @@ def slot_read_backward(d_out, k, v, parts, mild, write, keys, values, p, *, scal
     num_parts, dtype = parts.shape[0], k.dtype
     gates = (decays.level_tiles(dtype), mild, parts) + (() if write is None else (write,))
     num_slots = keys.shape[3]
-    blocks = slots.ranges(num_slots)
-    scratch = slots.scratch(len(blocks))
+    scratch = slots.scratch(num_slots)
+    blocks = [block.slots for block in scratch.blocks]
 
     def body(chunk, pool, constants, arrived, d_out_ref, k_ref, v_ref, keys_ref, values_ref, p_ref, *refs):
         (levels_ref, mild_ref, parts_ref, *write_refs), outputs = refs[: len(gates)], refs[len(gates) :]
@@ -41,7 +38,7 @@ def slot_read_backward(d_out, k, v, parts, mild, write, keys, values, p, *, scal
         b, h, n = chunk
         g, tokens = lax.div(h, num_heads // num_groups), pl.ds(n * SIZE, SIZE)
         out, scores = pool.at[scratch.out], pool.at[scratch.scores]
-        readers = [pool.at[own.parts] for own in scratch.blocks]  # once the log decays are used up
+        readers = [pool.at[block.parts] for block in scratch.blocks]  # once the log decays are used up
 
         def save(ref, x, tile, *block):
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -75,26 +72,17 @@ def slot_read_backward(d_out, k, v, parts, mild, write, keys, values, p, *, scal
             arrived["key"],
         )
 
-        for block, own in zip(blocks, scratch.blocks, strict=True):
-            for i in range(num_parts):
-                here = parts_ref.at[i, b, tokens, g, block]
-                plgpu.copy_gmem_to_smem(here, pool.at[own.parts + i], arrived["gates"])
-            plgpu.copy_gmem_to_smem(p_ref.at[b, tokens, h, block], pool.at[own.p], arrived["gates"])
-            for ref in write_refs:
-                plgpu.copy_gmem_to_smem(ref.at[b, tokens, g, block], pool.at[own.write], arrived["gates"])
+        slots.request_gates(scratch, pool, parts_ref, write_refs, (b, tokens, g), arrived)
+        for block in scratch.blocks:
+            plgpu.copy_gmem_to_smem(p_ref.at[b, tokens, h, block.slots], pool.at[block.p], arrived["gates"])
         start_values()
-        mild = functools.reduce(operator.and_, [mild_ref[b, g, n, i] > 0 for i in range(len(blocks))])
-        plgpu.barrier_wait(arrived["gates"])
-        p = [tiles.load(pool.at[own.p]) for own in scratch.blocks]
-        pairs = []
-        for own in scratch.blocks:
-            parts = [pool.at[own.parts + i] for i in range(num_parts)]
-            levels = decays.Levels(levels_ref, parts, pool, 0 + mild_ref[b, g, n, 0], arrived)
-            write, rest = pool.at[own.write], pool.at[own.rest]
-            pairs.append(decays.Pairs(mild, levels, write, constants, derived=not write_refs, rest=rest))
+        pairs = slots.pairs(
+            scratch, pool, num_parts, levels_ref, mild_ref, (b, g, n), constants, arrived, derived=not write_refs
+        )
+        p = [tiles.load(pool.at[block.p]) for block in scratch.blocks]
 
         d_scores, *dp = finish_values()
-        pl.when(mild)(start_keys)
+        pl.when(pairs[0].mild)(start_keys)
         save(d_scores_ref, pairs[0].causal(d_scores), scores)
         for i, block in enumerate(blocks):
             dp[i] *= pairs[i].through
@@ -110,7 +98,7 @@ def slot_read_backward(d_out, k, v, parts, mild, write, keys, values, p, *, scal
         save(b_ref, pairs[0].causal(b_scores), scores)
         for block, reader, dx, of_block in zip(blocks, readers, ds, pairs, strict=True):
             save(key_ref, dx * of_block.through, reader, block)
-        pl.when(~mild)(start_keys)
+        pl.when(~pairs[0].mild)(start_keys)
         finish_keys()
 
     per_token = batch_size, length, num_heads
