@@ -27,6 +27,9 @@ def inner_products(arrays, pairs, width, pool, stages, arrived):
       pool: tiles of shared memory, of which the first len(arrays) · stages are used.
       stages: how many steps are in flight.
       arrived: gives one barrier for a number below `stages`, for len(arrays) copies.
+
+    Returns:
+      (start, finish); start takes from which to which stage to ask for, all unless told.
     """
     num_steps = width // SIZE
 
@@ -37,8 +40,8 @@ def inner_products(arrays, pairs, width, pool, stages, arrived):
         for number, array in enumerate(arrays):
             plgpu.copy_gmem_to_smem(array(_channels(step)), tile(slot, number), arrived(slot))
 
-    def start():
-        for step in range(min(stages, num_steps)):
+    def start(first=0, last=stages):
+        for step in range(first, min(last, num_steps)):
             request(step, step)
 
     def accumulate(*accumulators):

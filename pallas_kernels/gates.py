@@ -30,9 +30,9 @@ def chunk_gates(log_decay, write, dtype, interpret=None):
     num_chunks, num_blocks = pl.cdiv(length, SIZE), num_slots // SIZE
     operands = (log_decay,) if write is None else (log_decay, write)
 
-    def body(chunk, pool, constants, arrived, kept, *refs):
+    def body(turn, pool, constants, arrived, kept, *refs):
         wide, (log_decay_ref, *write_refs, parts_ref, key_ref, kept_ref) = refs[: num_parts - 1], refs[num_parts - 1 :]
-        b, gm, n = chunk
+        b, gm, n = turn.chunk
         g, slots = lax.div(gm, num_blocks), pl.ds(lax.rem(gm, num_blocks) * SIZE, SIZE)
         here = (b, pl.ds(n * SIZE, SIZE), g, slots)
         ones, key, write, *parts = (pool.at[i] for i in range(3 + num_parts))

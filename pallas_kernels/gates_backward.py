@@ -40,10 +40,10 @@ def gates_backward(reads, parts, mild, write, d_key, d_kept, *, out_dtype, inter
     (scores, before, dy), dtype = zip(*reads, strict=True), d_key.dtype
     operands = [*scores, *dy, *before, d_key, decays.level_tiles(dtype), mild, parts, d_kept] + [write] * given
 
-    def body(chunk, pool, constants, arrived, kept, *refs):
+    def body(turn, pool, constants, arrived, kept, *refs):
         per_head, (levels_ref, mild_ref, parts_ref, d_kept_ref, *write_refs) = refs[:7], refs[7 : len(operands)]
         d_log_decay_refs, d_write_refs = refs[len(operands) :][:num_outputs], refs[len(operands) + num_outputs :]
-        b, hm, n = chunk
+        b, hm, n = turn.chunk
         h, m = lax.div(hm, num_blocks), lax.rem(hm, num_blocks)
         g, tokens, slots = lax.div(h, num_heads // num_groups), pl.ds(n * SIZE, SIZE), pl.ds(m * SIZE, SIZE)
         parts, written = [pool.at[PARTS + i] for i in range(num_parts)], pool.at[WRITE]

@@ -39,9 +39,9 @@ def linear_read(q, k, v, parts, mild, states, *, scale, residuals=False, interpr
     num_blocks = key_size // SIZE
     EARLY = VALUE_TILES - 1 - num_parts  # of the loop's tiles, free from the start
 
-    def body(chunk, pool, constants, arrived, q_ref, k_ref, v_ref, levels_ref, mild_ref, parts_ref, states_ref, *refs):
+    def body(turn, pool, constants, arrived, q_ref, k_ref, v_ref, levels_ref, mild_ref, parts_ref, states_ref, *refs):
         out_ref, *residual_refs = refs
-        b, h, n = chunk
+        b, h, n = turn.chunk
         g, tokens = lax.div(h, num_heads // num_groups), pl.ds(n * SIZE, SIZE)
         keys, *parts = (pool.at[RING + i] for i in range(EARLY, VALUE_TILES))
         levels = decays.Levels(levels_ref, parts, pool, 0, arrived)

@@ -39,10 +39,11 @@ def linear_read_backward(d_out, q, k, v, parts, mild, states, d_states, d_kept, 
     num_outputs = decays.num_parts(out_dtype, dtype)
     num_chunks, num_blocks = states.shape[2], key_size // SIZE
 
-    def body(chunk, pool, constants, arrived, kept, *refs):
+    def body(turn, pool, constants, arrived, kept, *refs):
         (d_out_ref, q_ref, k_ref, v_ref, states_ref, d_states_ref), refs = refs[:6], refs[6:]
         levels_ref, mild_ref, parts_ref, d_kept_ref, dq_ref, dk_ref, *d_log_decay_refs = refs
-        b, h, n, m = *chunk[:2], lax.div(chunk[2], num_blocks), lax.rem(chunk[2], num_blocks)
+        b, h, nm = turn.chunk
+        n, m = lax.div(nm, num_blocks), lax.rem(nm, num_blocks)
         g, tokens, block = lax.div(h, num_heads // num_groups), pl.ds(n * SIZE, SIZE), pl.ds(m * SIZE, SIZE)
         query, key, scores, x, y = (pool.at[i] for i in (QUERY, KEY, SCORES, X, X + 1))
         parts, through = [pool.at[PARTS + i] for i in range(num_parts)], constants.at[decays.THROUGH]

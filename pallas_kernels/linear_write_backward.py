@@ -25,8 +25,8 @@ def linear_write_backward(d_out, scores, key, d_states, interpret=None):
     num_groups, key_size = key.shape[2:]
     num_blocks, dtype = key_size // SIZE, d_out.dtype
 
-    def body(chunk, pool, _, arrived, d_out_ref, scores_ref, key_ref, d_states_ref, dv_ref):
-        b, h, n = chunk
+    def body(turn, pool, _, arrived, d_out_ref, scores_ref, key_ref, d_states_ref, dv_ref):
+        b, h, n = turn.chunk
         g, tokens = lax.div(h, num_heads // num_groups), pl.ds(n * SIZE, SIZE)
         left = [pool.at[OUT + 1 + i] for i in range(1 + num_blocks)]
         blocks = [pl.ds(block * SIZE, SIZE) for block in range(num_blocks)]

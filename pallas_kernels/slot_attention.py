@@ -9,8 +9,9 @@ from pallas_kernels import arguments
 from pallas_kernels.arguments import over_heads, pad_tokens, to_first_head
 from pallas_kernels.gates import chunk_gates
 from pallas_kernels.gates_backward import gates_backward
-from pallas_kernels.slot_read import slot_read
-from pallas_kernels.slot_read_backward import slot_read_backward
+from pallas_kernels.memory_read import memory_read
+from pallas_kernels.slot_softmax import slot_softmax
+from pallas_kernels.slot_softmax_backward import slot_softmax_backward
 from pallas_kernels.states import chunk_states
 from pallas_kernels.tiles import SIZE, vary_alike
 from pallas_kernels.write_backward import write_backward
@@ -53,31 +54,33 @@ def _attention(q, k, v, log_decay, write, keys, values, scale, num_slots):
 
 def _forward(q, k, v, log_decay, write, keys, values, scale, num_slots, residuals=True):
     parts, key, kept, mild = chunk_gates(log_decay, write, q.dtype)
-    keys, last_keys = chunk_states(k, key, kept, keys)
-    values, last_values = chunk_states(v, key, kept, values)
-    out, *read = slot_read(
-        q, k, v, parts, mild, write, keys, values, scale=scale, num_slots=num_slots, residuals=residuals
+    key_states, last_keys = chunk_states(k, key, kept, keys)
+    scores, reading, *read = slot_softmax(
+        q, k, parts, mild, write, key_states, scale=scale, num_slots=num_slots, residuals=residuals
     )
+    out, last_values, *value_states = memory_read(v, key, kept, values, scores, reading, states=residuals)
     gates = (jnp.zeros((), log_decay.dtype), write, parts, key, kept, mild)
-    return (out, last_keys, last_values), (q, k, v, gates, keys, values, read)
+    saved = q, k, v, gates, keys, key_states, value_states, (scores, *read)
+    return (out, last_keys, last_values), saved
 
 
 def _backward(scale, num_slots, saved, cotangents):
-    q, k, v, (like_log_decay, write, parts, key, kept, mild), keys, values, read = saved
+    q, k, v, (like_log_decay, write, parts, key, kept, mild), keys, key_states, (value_states,), read = saved
     d_out, d_last_keys, d_last_values = cotangents
-    key_scores, value_scores, p, key_before = read
+    value_scores, key_scores, key_before, p = read
     num_groups = k.shape[2]
     per_head = q.shape[2] // num_groups
     gates_dtype = like_log_decay.dtype if per_head == 1 else jnp.float32
 
-    dq, d_value_scores, d_key_scores, d_value_before, ds, key_reading, value_reading = slot_read_backward(
-        d_out, k, v, parts, mild, write, keys, values, p, scale=scale
+    d_key_scores, d_value_scores, key_reading, value_reading, d_value_before, ds = slot_softmax_backward(
+        d_out, v, parts, mild, write, value_states, p, scale=scale
     )
+    dq, *_ = memory_read(k, key, kept, keys, d_key_scores, key_reading)
     d_keys, d_first_keys, keys_dot = chunk_states(
-        q, key_reading, kept, to_first_head(d_last_keys, per_head), other=keys, reverse=True
+        q, key_reading, kept, to_first_head(d_last_keys, per_head), other=key_states, reverse=True
     )
     d_values, d_first_values, values_dot = chunk_states(
-        d_out, value_reading, kept, to_first_head(d_last_values, per_head), other=values, reverse=True
+        d_out, value_reading, kept, to_first_head(d_last_values, per_head), other=value_states, reverse=True
     )
     d_kept = jnp.repeat(kept, per_head, axis=1) * (keys_dot.sum(3) + values_dot.sum(3))
     d_key, dk, dv = write_backward(((k, q, d_key_scores, d_keys), (v, d_out, value_scores, d_values)), key)

@@ -1,6 +1,7 @@
 """What the kernels that read Gated Slot Attention's memories share: slots in blocks of 64, their tiles and gates."""
 
 import functools
+import itertools
 import operator
 from typing import NamedTuple
 
@@ -11,7 +12,7 @@ from pallas_kernels import decays
 from pallas_kernels.tiles import SIZE
 
 STAGES = 3
-"""steps in flight of the first loop over channels: a tile of queries, one of tokens and one of each block's state"""
+"""of the loops over channels"""
 
 
 class Block(NamedTuple):
@@ -22,35 +23,34 @@ class Block(NamedTuple):
     write: int
     """the write strengths, then what `decays.Pairs` makes of them"""
     parts: int
-    """the first part of the log decays, then what reads the state"""
+    """the log decays"""
     rest: int
-    """the second part, or what rounding takes from `write`"""
+    """their second part, or what `decays.Pairs` leaves there"""
     p: int
-    """the softmax; the first block's lies where its scores come later"""
+    """the softmax, before the scores of the first block"""
 
 
 class Scratch(NamedTuple):
-    """Scratch tiles of a kernel, by their numbers."""
+    """Scratch tiles, by their numbers. Those of the loop over channels come first and are also the levels'."""
 
-    ring: int
-    """tiles of the second loop over channels, the first ones; the first loop takes one more"""
-    out: int
-    """results leave by this tile and by the next one"""
+    leaving: range
+    """those of the loop's last stage: results leave by them when the loop is over"""
     scores: int
-    blocks: list[Block]
+    blocks: list
     total: int
 
 
 def scratch(num_slots):
     """The `Scratch` of a kernel for so many slots, a multiple of 64."""
     first, *others = ranges(num_slots)
-    ring = STAGES * (3 + len(others)) - 1
-    out, write, scores, parts, rest, total = range(ring, ring + 6)
+    in_stage = 3 + len(others)
+    ring = STAGES * in_stage
+    scores, write, parts, rest, total = range(ring, ring + 5)
     blocks = [Block(first, write, parts, rest, scores)]
     for slots in others:
         blocks.append(Block(slots, *range(total, total + 4)))
         total += 4
-    return Scratch(ring, out, scores, blocks, total)
+    return Scratch(range(ring - in_stage, ring), scores, blocks, total)
 
 
 def request_gates(scratch, pool, parts_ref, write_refs, here, arrived):
@@ -74,6 +74,22 @@ def pairs(scratch, pool, num_parts, levels_ref, mild_ref, chunk, constants, arri
         return decays.Pairs(mild, levels, write, constants, derived=derived, rest=rest)
 
     return list(map(of_block, scratch.blocks))
+
+
+class Leaving:
+    """Results on their way to memory, one after another by the same few tiles."""
+
+    def __init__(self, scratch, pool):
+        self.tiles = itertools.cycle([pool.at[number] for number in scratch.leaving])
+        self.others = len(scratch.leaving) - 1
+
+    def save(self, x, ref):
+        """Stores x, from registers."""
+        tile = next(self.tiles)
+        plgpu.wait_smem_to_gmem(self.others, wait_read_only=True)
+        tile[...] = x.astype(tile.dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(tile, ref)
 
 
 def ranges(num_slots):

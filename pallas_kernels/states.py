@@ -41,17 +41,28 @@ def chunk_states(x, key, kept, initial, *, other=None, reverse=False, interpret=
       channels of states ⊙ other, [B, H, N, D / block, M] in float32, in parts that are to be added up.
     """
     batch_size, num_heads, num_slots, width = initial.shape
-    num_chunks, block = kept.shape[2], _block(width)
-    programs = batch_size * num_heads * (num_slots // SIZE) * (width // block)
-    segment = max(SHORTEST_SEGMENT, pl.cdiv(num_chunks * programs, MOST_PROGRAMS))  # in chunks
-    if pl.cdiv(num_chunks, segment) < FEWEST_SEGMENTS:
-        segment = num_chunks
-    initial = initial[:, :, None]
-    if segment < num_chunks:
-        (added,) = _segments(x, key, kept, jnp.zeros_like(initial), segment, reverse=reverse, only_last=True)
-        initial = _between_segments(added, kept, initial, segment, reverse)
-    states, last, *dots = _segments(x, key, kept, initial, segment, other=other, reverse=reverse)
+    programs = batch_size * num_heads * (num_slots // SIZE) * (width // _block(width))
+    initial = states_of_segments(x, key, kept, initial, programs, reverse=reverse)
+    states, last, *dots = _segments(x, key, kept, initial, other=other, reverse=reverse)
     return states, last[:, :, 0 if reverse else -1], *dots
+
+
+def states_of_segments(x, key, kept, initial, programs, reverse=False):
+    """The states [B, H, S, M, D] that enter S segments of cdiv(N, S) chunks, the first ones in time first.
+
+    Args:
+      x, key, kept, initial, reverse: as for `chunk_states`.
+      programs: blocks that walk through each segment.
+    """
+    num_chunks = kept.shape[2]
+    num_segments = min(pl.cdiv(num_chunks, SHORTEST_SEGMENT), MOST_PROGRAMS // programs)
+    initial = initial[:, :, None]
+    if num_segments < FEWEST_SEGMENTS:
+        return initial
+    num_segments = pl.cdiv(num_chunks, pl.cdiv(num_chunks, num_segments))  # without empty ones
+    zeros = jnp.broadcast_to(jnp.zeros_like(initial), (*initial.shape[:2], num_segments, *initial.shape[3:]))
+    (added,) = _segments(x, key, kept, zeros, reverse=reverse, only_last=True)
+    return _between_segments(added, kept, initial, pl.cdiv(num_chunks, num_segments), reverse)
 
 
 def _between_segments(added, kept, initial, segment, reverse):
@@ -73,11 +84,12 @@ def _block(width):
     return 128 if width % 128 == 0 else 64
 
 
-def _segments(x, key, kept, initial, segment, *, other=None, reverse=False, only_last=False, interpret=None):
-    """`chunk_states` of segments of that many chunks, each from its own initial state [B, H, S, M, D]."""
+def _segments(x, key, kept, initial, *, other=None, reverse=False, only_last=False, interpret=None):
+    """`chunk_states` of S segments, each from its own initial state [B, H, S, M, D]."""
     num_heads, num_slots, width = x.shape[2], key.shape[-1], x.shape[-1]
     batch_size, num_groups, num_chunks, _ = kept.shape
-    block, num_segments = _block(width), pl.cdiv(num_chunks, segment)
+    block, num_segments = _block(width), initial.shape[2]
+    segment = pl.cdiv(num_chunks, num_segments)
     num_blocks = width // block
     operands = (x, key, kept, initial) if other is None else (x, key, kept, initial, other)
 

@@ -5,6 +5,7 @@ one array in the registers of a warpgroup. All functions here speak of one tile.
 """
 
 import math
+from typing import NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -109,13 +110,24 @@ def kernel(name, body, *outputs, grid, interpret=None, auto_barriers=True, **thr
     return call
 
 
+class Turn(NamedTuple):
+    """A warpgroup's turn in its loop over chunks."""
+
+    chunk: tuple
+    """(b, h, n): chunk n of head h of batch entry b"""
+    following: tuple
+    """the chunk of the next turn, unless this is the last"""
+    is_first: jax.Array
+    is_last: jax.Array
+
+
 def chunk_kernel(name, body, *outputs, shape, dtype, tiles, constants, arrivals, floats=(), interpret=None):
     """A kernel whose every warpgroup does one chunk of one head after another.
 
-    `body((b, h, n), pool, constants, arrived, *refs)` does chunk n of head h of batch entry b, with scratch tiles
-    [tiles, SIZE, SIZE] of its own, constant tiles [constants, SIZE, SIZE] that all share, and its barriers by name.
-    Then come float32 scratch arrays of its own, of the shapes `floats`, and the references to operands and outputs. The
-    first operand is the array whose first tiles are the constant ones.
+    `body(turn, pool, constants, arrived, *refs)` does the chunk of a `Turn`, with scratch tiles [tiles, SIZE, SIZE] of
+    its own, constant tiles [constants, SIZE, SIZE] that all share, and its barriers by name. Then come float32 scratch
+    arrays of its own, of the shapes `floats`, and the references to operands and outputs. The first operand is the
+    array whose first tiles are the constant ones.
 
     Mosaic would put a barrier before and after every store and before every copy; here the body has them, three times
     fewer. `plgpu.commit_smem` and `plgpu.wait_smem_to_gmem` are such: all threads of the warpgroup have come there. One
@@ -145,11 +157,16 @@ def chunk_kernel(name, body, *outputs, shape, dtype, tiles, constants, arrivals,
             if constants:
                 plgpu.barrier_wait(arrived)
 
-            def one_chunk(step, _):
+            steps = lax.div(total - first + blocks * warpgroups - 1, blocks * warpgroups)
+
+            def chunk(step):
                 index = first + step * (blocks * warpgroups)
                 n, bh = lax.rem(index, num_chunks), lax.div(index, num_chunks)
+                return lax.div(bh, num_heads), lax.rem(bh, num_heads), n
+
+            def one_chunk(step, _):
                 body(
-                    (lax.div(bh, num_heads), lax.rem(bh, num_heads), n),
+                    Turn(chunk(step), chunk(step + 1), step == 0, step == steps - 1),
                     pool.at[warpgroup],
                     shared,
                     {name: _own(barriers[name], warpgroup, n) for name, n in arrivals.items()},
@@ -160,7 +177,6 @@ def chunk_kernel(name, body, *outputs, shape, dtype, tiles, constants, arrivals,
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 plgpu.commit_smem()
 
-            steps = lax.div(total - first + blocks * warpgroups - 1, blocks * warpgroups)
             lax.fori_loop(0, steps, one_chunk, None)
 
         pl.run_scoped(

@@ -39,10 +39,10 @@ def write_backward(memories, key, interpret=None):
     operands = [array for memory in memories for array in memory] + [key]
     OUT = SCORES + len(memories)
 
-    def body(chunk, pool, _, arrived, *refs):
+    def body(turn, pool, _, arrived, *refs):
         (*memory_refs, key_ref), (d_key_ref, *dx_refs) = refs[: len(operands)], refs[len(operands) :]
         memory_refs = [memory_refs[4 * index : 4 * index + 4] for index in range(len(memories))]
-        b, h, n = chunk
+        b, h, n = turn.chunk
         g, tokens = lax.div(h, num_heads // num_groups), pl.ds(n * SIZE, SIZE)
 
         def request(index, step, slot):

@@ -52,8 +52,14 @@ def chunk_states(x, key, kept, initial):
     return np.stack(states, 2), state
 
 
-def slot_read(q, k, v, log_decay, write, keys, values, scale, num_slots):
-    """(out, q·k for j <= i, the scores of v, p, prod(a) ⊙ Kmem q)"""
+def memory_read(x, key, kept, initial, scores, reader):
+    """(out, the state after the last chunk, those before each chunk)"""
+    states, last = chunk_states(x, key, kept, initial)
+    return scores @ x + reader @ states, last, states
+
+
+def slot_softmax(q, k, log_decay, write, keys, scale, num_slots):
+    """(the scores of v, prod(a) ⊙ p, q·k for j <= i, prod(a) ⊙ Kmem q, p)"""
     scores = np.einsum("...ik,...jk->...ij", q, k)
     before = through(log_decay) * np.einsum("...ik,...mk->...im", q, keys)
     logits = scale * (before + np.einsum("...ij,...ijm->...im", scores, _weights(log_decay, write)))
@@ -61,18 +67,17 @@ def slot_read(q, k, v, log_decay, write, keys, values, scale, num_slots):
     p = np.exp(logits - logits.max(axis=-1, keepdims=True))
     p /= p.sum(axis=-1, keepdims=True)
     value_scores = np.einsum("...im,...ijm->...ij", p, _weights(log_decay, write))
-    return value_scores @ v + (through(log_decay) * p) @ values, np.tril(scores), value_scores, p, before
+    return value_scores, through(log_decay) * p, np.tril(scores), before, p
 
 
-def slot_read_backward(d_out, k, v, log_decay, write, keys, values, p, scale):
-    """(dq, dA', B, prod(a) ⊙ Vmem do, ds, prod(a) ⊙ ds, prod(a) ⊙ p)"""
+def slot_softmax_backward(d_out, v, log_decay, write, values, p, scale):
+    """(A, dS, prod(a) ⊙ ds, prod(a) ⊙ p, prod(a) ⊙ Vmem do, ds)"""
     d_scores = np.einsum("...iv,...jv->...ij", d_out, v)
     before = through(log_decay) * np.einsum("...iv,...mv->...im", d_out, values)
     dp = before + np.einsum("...ij,...ijm->...im", d_scores, _weights(log_decay, write))
     ds = scale * p * (dp - np.sum(p * dp, axis=-1, keepdims=True))
-    b = np.einsum("...im,...ijm->...ij", ds, _weights(log_decay, write))
-    key, value = through(log_decay) * ds, through(log_decay) * p
-    return b @ k + key @ keys, np.tril(d_scores), b, before, ds, key, value
+    key_scores = np.einsum("...im,...ijm->...ij", ds, _weights(log_decay, write))
+    return key_scores, np.tril(d_scores), through(log_decay) * ds, through(log_decay) * p, before, ds
 
 
 def write_backward(memories, key):

@@ -2,16 +2,19 @@
 
 import functools
 
+import jax
 import jax.experimental.pallas as pl
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from pallas_kernels import decays, states
+from pallas_kernels import memory_read as memory_read_module
 from pallas_kernels.gates import chunk_gates
 from pallas_kernels.gates_backward import gates_backward
-from pallas_kernels.slot_read import slot_read
-from pallas_kernels.slot_read_backward import slot_read_backward
+from pallas_kernels.memory_read import memory_read
+from pallas_kernels.slot_softmax import slot_softmax
+from pallas_kernels.slot_softmax_backward import slot_softmax_backward
 from pallas_kernels.write_backward import write_backward
 from tests.ops.cases import GATES, assert_close
 from tests.pallas_kernels import formulas
@@ -110,29 +113,53 @@ def test_chunk_states(interpreted, operands, reverse, segments, monkeypatch):
         check([dots[0].sum(3)], [(expected_before * per_head(other, H)).sum(-1)], "dot")
 
 
-def test_slot_read(interpreted, operands):
-    q, k, v = operands.normal(B, T, H, K), operands.normal(B, T, G, K), operands.normal(B, T, G, V)
-    keys, values = operands.normal(B, G, N, M, K), operands.normal(B, G, N, M, V)
-    arguments, options = (q, k, v, operands.parts, operands.mild, operands.write, keys, values), {"scale": SCALE}
-    options["num_slots"] = NUM_SLOTS
+@pytest.mark.parametrize(
+    ("width", "slots", "options"),
+    [
+        (2 * SIZE, M, {"segments": 2, "states": True}),  # two warpgroups; more than cores may deadlock here
+        (3 * SIZE, 2 * M, {"states": True}),  # one
+        (2 * SIZE, 5 * M, {}),  # two, and slots in two groups
+    ],
+)
+def test_memory_read(interpreted, operands, width, slots, options, monkeypatch):
+    segments = options.pop("segments", 1)
+    monkeypatch.setattr(states, "SHORTEST_SEGMENT", pl.cdiv(N, segments))
+    monkeypatch.setattr(states, "FEWEST_SEGMENTS", 2)
+    monkeypatch.setattr(memory_read_module, "FEWEST_PROGRAMS", 1)
+    x, key = operands.normal(B, T, G, width), operands.normal(B, T, G, slots)
+    kept = np.asarray(operands.rng.random((B, G, N, slots)), np.float32)
+    initial = operands.normal(B, G, slots, width, dtype=np.float32)
+    scores, reader = operands.scores(), operands.normal(B, T, H, slots)
     with interpreted():
-        results = slot_read(*arguments, residuals=True, **options)
-        (out,) = slot_read(*arguments, **options)
-    expected = formulas.slot_read(*heads(q, k, v), *operands.gates(), per_head(keys, H), per_head(values, H), **options)
-    check(results, tokens(*expected), "out qk value_scores p before")
-    np.testing.assert_array_equal(out, results[0])
+        results = memory_read(x, key, kept, initial, scores, reader, **options)
+    arrays = *heads(x, key), per_head(kept, H), per_head(initial, H), *heads(scores, reader)
+    out, *of_groups = formulas.memory_read(*arrays)
+    expected = *tokens(out), *(state[:, :: H // G] for state in of_groups)
+    check(results, expected[: len(results)], "out last states" if options else "out last")
 
 
-def test_slot_read_backward(interpreted, operands):
-    d_out, k, v = operands.normal(B, T, H, V), operands.normal(B, T, G, K), operands.normal(B, T, G, V)
-    keys, values = operands.normal(B, G, N, M, K), operands.normal(B, G, N, M, V)
+def test_slot_softmax(interpreted, operands):
+    q, k, keys = operands.normal(B, T, H, K), operands.normal(B, T, G, K), operands.normal(B, G, N, M, K)
+    arguments = q, k, operands.parts, operands.mild, operands.write, keys
+    options = {"scale": SCALE, "num_slots": NUM_SLOTS}
+    with interpreted():
+        results = slot_softmax(*arguments, residuals=True, **options)
+        without = slot_softmax(*arguments, **options)
+    expected = formulas.slot_softmax(*heads(q, k), *operands.gates(), per_head(keys, H), **options)
+    check(results, tokens(*expected), "value_scores reader qk before p")
+    jax.tree.map(np.testing.assert_array_equal, tuple(without), tuple(results[:2]))
+
+
+def test_slot_softmax_backward(interpreted, operands):
+    d_out, v, values = operands.normal(B, T, H, V), operands.normal(B, T, G, V), operands.normal(B, G, N, M, V)
     p = operands.rng.dirichlet(np.ones(M), size=(B, T, H)).astype(operands.dtype)
     gates = operands.parts, operands.mild, operands.write
     with interpreted():
-        results = slot_read_backward(d_out, k, v, *gates, keys, values, p, scale=SCALE)
-    memories = per_head(keys, H), per_head(values, H)
-    expected = formulas.slot_read_backward(*heads(d_out, k, v), *operands.gates(), *memories, *heads(p), scale=SCALE)
-    check(results, tokens(*expected), "dq d_scores b d_before ds key value")
+        results = slot_softmax_backward(d_out, v, *gates, values, p, scale=SCALE)
+    expected = formulas.slot_softmax_backward(
+        *heads(d_out, v), *operands.gates(), per_head(values, H), *heads(p), scale=SCALE
+    )
+    check(results, tokens(*expected), "key_scores d_scores key value d_before ds")
 
 
 def test_write_backward(interpreted, operands):
