@@ -8,14 +8,15 @@ import jax.numpy as jnp
 from pallas_kernels import arguments
 from pallas_kernels.arguments import over_heads, pad_tokens, to_first_head
 from pallas_kernels.gates import chunk_gates
-from pallas_kernels.linear_read import linear_read
 from pallas_kernels.linear_read_backward import linear_read_backward
+from pallas_kernels.linear_scores import linear_scores
 from pallas_kernels.linear_write_backward import linear_write_backward
+from pallas_kernels.memory_read import memory_read
 from pallas_kernels.states import chunk_states
 from pallas_kernels.tiles import vary_alike
 
 LARGEST_KEY = 832
-"""channels of K whose tiles of one chunk fit in shared memory"""
+"""channels of K whose tiles of one chunk fit in shared memory, in the backward pass"""
 
 
 def misfit(q, k, v):
@@ -45,14 +46,14 @@ def _attention(q, k, v, log_decay, state, scale):
 
 def _forward(q, k, v, log_decay, state, scale, residuals=True):
     parts, key, kept, mild = chunk_gates(jnp.broadcast_to(log_decay, k.shape), k, q.dtype)
-    states, last = chunk_states(v, key, kept, state)
-    out, *read = linear_read(q, k, v, parts, mild, states, scale=scale, residuals=residuals)
+    scores, reading = linear_scores(q, k, parts, mild, scale=scale)
+    out, last, *states = memory_read(v, key, kept, state, scores, reading, states=residuals)
     like_gates = jnp.zeros(log_decay.shape[-1], log_decay.dtype)
-    return (out, last), (q, k, v, like_gates, (parts, key, kept, mild), states, read)
+    return (out, last), (q, k, v, like_gates, (parts, key, kept, mild), states, (scores, reading))
 
 
 def _backward(scale, saved, cotangents):
-    q, k, v, like_gates, (parts, key, kept, mild), states, (scores, reading) = saved
+    q, k, v, like_gates, (parts, key, kept, mild), (states,), (scores, reading) = saved
     d_out, d_last = cotangents
     per_head = q.shape[2] // k.shape[2]
     one_gate = like_gates.size == 1

@@ -62,7 +62,7 @@ def _memory_read(x, key, kept, initial, scores, reader, *, states, interpret):
     num_chunks, dtype, per_head = kept.shape[2], x.dtype, num_heads // num_groups
     num_blocks, num_columns = num_slots // SIZE, width // SIZE
     warpgroups = _warpgroups(batch_size * num_heads * num_columns, num_columns, num_blocks)
-    leaving = 1 + num_blocks * states
+    leaving = 1 + min(num_blocks, 2) * states
     stages = _stages(warpgroups, num_blocks, leaving)
     programs = batch_size * num_heads * num_columns // warpgroups
     initial = states_of_segments(x, key, kept, initial, programs)
@@ -102,21 +102,23 @@ def _memory_read(x, key, kept, initial, scores, reader, *, states, interpret):
                 plgpu.copy_gmem_to_smem(key_ref.at[b, tokens, g], keys.at[slot], barrier)
                 plgpu.copy_gmem_to_smem(kept_ref.at[b, g, n], kepts.at[slot], barrier)
 
-            def save_state(n, state):
-                for block in range(num_blocks):
-                    store_transposed(leaving.at[1 + block], state[:, block * SIZE : (block + 1) * SIZE])
+            def save_state(n, state, first):
+                """Two blocks of slots."""
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                blocks = [pl.ds(row, SIZE) for row in range(first * SIZE, min(first + 2, num_blocks) * SIZE, SIZE)]
+                for i, block in enumerate(blocks, 1):
+                    store_transposed(leaving.at[i], state[:, block.start : block.start + SIZE])
                 plgpu.commit_smem()
-                for block in range(num_blocks):
-                    rows = pl.ds(block * SIZE, SIZE)
+                for i, block in enumerate(blocks, 1):
                     for ref in states_refs:
-                        plgpu.copy_smem_to_gmem(leaving.at[1 + block], ref.at[b, g, n, rows, own])
+                        plgpu.copy_smem_to_gmem(leaving.at[i], ref.at[b, g, n, block, own])
 
             def one_chunk(step, state):
                 slot, n = lax.rem(step, stages), first + step
                 two_byte = state.astype(dtype)
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                early, *later = [functools.partial(save_state, n, two_byte, i) for i in range(0, num_blocks, 2)]
                 if states_refs:
-                    pl.when(of_group)(lambda: save_state(n, two_byte))
+                    pl.when(of_group)(early)
                 plgpu.barrier_wait(arrived.at[slot])
                 written = transposed(xs.at[slot, warpgroup])
 
@@ -125,8 +127,12 @@ def _memory_read(x, key, kept, initial, scores, reader, *, states, interpret):
                     plgpu.wgmma_wait(0)
 
                 out = tiles.product((two_byte, transposed(readers.at[slot])), (written, transposed(scores.at[slot])))
+                if states_refs:
+                    for save in later:
+                        pl.when(of_group)(save)
                 state *= tiles.along_columns(plgpu.load(kepts.at[slot], layout=COLUMNS))
                 state = pl.run_state(write)(plgpu.ACC.init(state))
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 store_transposed(leaving.at[0], out.astype(dtype))
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(leaving.at[0], out_ref.at[b, pl.ds(n * SIZE, SIZE), h, own])

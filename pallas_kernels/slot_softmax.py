@@ -65,7 +65,7 @@ def slot_softmax(q, k, parts, mild, write, keys, *, scale, num_slots, residuals=
         start_following, _ = products(turn.following)
         early = {"last": slots.STAGES - 1}
 
-        @pl.when(turn.is_first)
+        @pl.when(turn.step == 0)
         def _():
             request_gates(turn.chunk)
             start(**early)

@@ -61,7 +61,7 @@ def slot_softmax_backward(d_out, v, parts, mild, write, values, p, *, scale, int
         start_following, _ = products(turn.following)
         early = {"last": slots.STAGES - 1}
 
-        @pl.when(turn.is_first)
+        @pl.when(turn.step == 0)
         def _():
             request_gates(turn.chunk)
             start(**early)

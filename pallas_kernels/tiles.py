@@ -113,11 +113,12 @@ def kernel(name, body, *outputs, grid, interpret=None, auto_barriers=True, **thr
 class Turn(NamedTuple):
     """A warpgroup's turn in its loop over chunks."""
 
+    step: jax.Array
+    """which of its turns, from 0"""
     chunk: tuple
     """(b, h, n): chunk n of head h of batch entry b"""
     following: tuple
     """the chunk of the next turn, unless this is the last"""
-    is_first: jax.Array
     is_last: jax.Array
 
 
@@ -166,7 +167,7 @@ def chunk_kernel(name, body, *outputs, shape, dtype, tiles, constants, arrivals,
 
             def one_chunk(step, _):
                 body(
-                    Turn(chunk(step), chunk(step + 1), step == 0, step == steps - 1),
+                    Turn(step, chunk(step), chunk(step + 1), step == steps - 1),
                     pool.at[warpgroup],
                     shared,
                     {name: _own(barriers[name], warpgroup, n) for name, n in arrivals.items()},
