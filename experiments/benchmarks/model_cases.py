@@ -67,7 +67,8 @@ def train(
 ) -> dict[str, float]:
     """Training steps on random tokens, on one device or a mesh: the milliseconds of a step, what
     `gsa_jax.training.speed` tells, and the seconds from `began`, when this process was started, until imports, device,
-    initial state, compiled step and first step were there. `overlap`: whether XLA gets `compiler_options`."""
+    initial state, compiled step and first step were there. `overlap`: whether XLA gets the options that hide
+    communication."""
     stopwatch = Stopwatch(began)
     stopwatch.done("imports")
     mesh = make_mesh(mesh)
@@ -82,7 +83,7 @@ def train(
         return state
 
     train_step = make_train_step(_structure(config), optimizer, schedule)
-    options = compiler_options(config, mesh) if overlap else {}
+    options = compiler_options(config, mesh.size if overlap else 1)
     state, train_step = create_and_compile(create_and_wait, train_step, like, (batch, length), mesh, options)
     stopwatch.done("compile")
     tokens = _random_tokens(config, batch, length + 1)

@@ -130,7 +130,7 @@ def _run(
         schedule = make_schedule(config.optimizer, config.steps)
         train_step = make_train_step(graphdef, optimizer, schedule, config.parts)
         make = (lambda: restored) if restored else create
-        batch_shape, options = (config.batch_size, config.length), compiler_options(config.model, mesh)
+        batch_shape, options = (config.batch_size, config.length), compiler_options(config.model, mesh.size)
         state, train_step = create_and_compile(make, train_step, like, batch_shape, mesh, options)
         begin = time.perf_counter()
         window, window_begin = [], begin
