@@ -26,7 +26,7 @@ from experiments.benchmarks.model import in_process
 from experiments.benchmarks.timing import attempt
 from experiments.command_line import user_errors
 from gsa_jax.layers.checks import check_numbers
-from gsa_jax.models import ModelConfig, preset
+from gsa_jax.models import ModelConfig
 from gsa_jax.sharding import MESH_AXES
 from gsa_jax.training import MeshConfig
 
@@ -69,8 +69,7 @@ class Config:
     @property
     def model(self) -> ModelConfig:
         """The preset with what was asked for instead of its own."""
-        changes = {"remat": self.remat, "unroll": self.unroll}
-        return dataclasses.replace(preset(self.preset), **{name: value for name, value in changes.items() if value})
+        return model_cases.changed_preset(self.preset, remat=self.remat, unroll=self.unroll)
 
 
 def main(config: Config) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from experiments.benchmarks.model_report import as_table, describe, draw, name_c
 from experiments.benchmarks.timing import attempt
 from experiments.command_line import user_errors
 from gsa_jax.layers.checks import check_numbers
-from gsa_jax.models import ModelConfig, preset
+from gsa_jax.models import ModelConfig
 from gsa_jax.training import MeshConfig
 
 SELECTION = ("cases", "decode_batches", "peers", "out", "resume")
@@ -76,7 +76,7 @@ class Config:
     def model(self) -> ModelConfig:
         """The preset with what was asked for instead of its own."""
         changes = {"implementation": self.implementation, "remat": self.remat, "unroll": self.unroll}
-        return dataclasses.replace(preset(self.preset), **{name: value for name, value in changes.items() if value})
+        return model_cases.changed_preset(self.preset, **changes)
 
 
 def main(config: Config) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """What `experiments.benchmarks.model` measures, each in a process of its own."""
 
+import dataclasses
 import functools
 import statistics
 import time
@@ -13,7 +14,7 @@ from flax import nnx
 from experiments.benchmarks.timing import time_calls
 from experiments.provenance import provenance
 from gsa_jax.generation import stream
-from gsa_jax.models import ModelConfig, abstract_model, count_parameters
+from gsa_jax.models import ModelConfig, abstract_model, count_parameters, preset
 from gsa_jax.training import (
     MeshConfig,
     OptimizerConfig,
@@ -32,6 +33,11 @@ from gsa_jax.training import (
 
 BLOCK = 16
 """Tokens that are drawn between two looks at them, as in experiments.generate."""
+
+
+def changed_preset(name: str, **changes: Any) -> ModelConfig:
+    """The preset of that name with `changes` in place of its own settings, but for those that are None."""
+    return dataclasses.replace(preset(name), **{key: value for key, value in changes.items() if value is not None})
 
 
 def about(script: str, config: ModelConfig) -> dict[str, Any]:
