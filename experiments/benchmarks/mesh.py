@@ -8,7 +8,6 @@ printed and written at once.
 
 import dataclasses
 import functools
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
+from experiments import output
 from experiments.benchmarks import model_cases
 from experiments.benchmarks.model import in_process
 from experiments.benchmarks.timing import attempt
@@ -74,8 +74,9 @@ class Config:
 
 def main(config: Config) -> dict[str, Any]:
     """Times, prints, writes; returns what is written."""
+    out = config.out and output.json_file(config.out)
     result = in_process(model_cases.about, "experiments.benchmarks.mesh", config.model)
-    result["settings"] = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    result["settings"] = output.settings(config)
     result["rows"] = []
     measure = functools.partial(
         model_cases.train,
@@ -92,10 +93,8 @@ def main(config: Config) -> dict[str, Any]:
         row = case | attempt(run, Exception)
         print(row.get("error") or f"{row['tokens_per_second']:,.0f} tokens/s", flush=True)
         result["rows"].append(row)
-        if config.out:
-            config.out.parent.mkdir(parents=True, exist_ok=True)
-            config.out.write_text(json.dumps(result, indent=2) + "\n")
-            draw(result).savefig(config.out.with_suffix(".png"), dpi=150)
+        if out:
+            output.write(out, result, draw(result))
     failed = [f"{describe(row)}: {row['error']}" for row in result["rows"] if "error" in row]
     console = Console(width=120)
     console.print("", title(result), as_table(result), *failed, sep="\n", highlight=False, markup=False)

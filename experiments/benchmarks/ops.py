@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import tyro
 from rich.console import Console
 
+from experiments import output
 from experiments.benchmarks import peers
 from experiments.benchmarks.ops_report import as_table, draw, remarks
 from experiments.benchmarks.shapes import CPU_SHAPES, GPU_SHAPES, QUICK_SHAPES, Shape, choose, make_inputs
@@ -63,6 +64,7 @@ def main(config: Config) -> dict[str, Any]:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leaves memory to the process of the peers
     on_gpu = jax.default_backend() == "gpu" and not config.quick
     cases = choose(config.cases or tuple(QUICK_SHAPES if config.quick else GPU_SHAPES if on_gpu else CPU_SHAPES))
+    out = config.out and output.json_file(config.out)
     dtype = config.dtype or ("bfloat16" if on_gpu else "float32")
     with_peers = on_gpu and dtype == "bfloat16" and config.peers != "none"
     result = provenance("experiments.benchmarks.ops") | {"dtype": dtype, "peers": None, "rows": []}
@@ -82,10 +84,8 @@ def main(config: Config) -> dict[str, Any]:
                 result["rows"].append({"case": case, "by": name} | times)
     console.print(as_table(result))
     console.print(*remarks(result), sep="\n", soft_wrap=True, highlight=False, markup=False)
-    if config.out:
-        config.out.parent.mkdir(parents=True, exist_ok=True)
-        config.out.write_text(json.dumps(result, indent=2) + "\n")
-        draw(result).savefig(config.out.with_suffix(".png"), dpi=150)
+    if out:
+        output.write(out, result, draw(result))
     return result
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import tyro
 
+from experiments import output
 from experiments.benchmarks.shapes import GPU_SHAPES, Shape, choose
 from experiments.command_line import user_errors
 from experiments.provenance import provenance
@@ -54,6 +55,7 @@ def main(config: Config) -> None:
 
     if not torch.cuda.is_available():
         raise ValueError("the peers need a GPU, and PyTorch finds none")
+    out = config.out and output.json_file(config.out)
     peers = [peer for peer in torch_peers.PEERS if peer != "fla" or installed("fla")]
     if "fla" in peers:
         side_by_side(torch_peers.compile_kernels, list(cases.values()))
@@ -67,9 +69,8 @@ def main(config: Config) -> None:
             times = torch_peers.measure(peer, shape, repeats=config.repeats, seconds=config.seconds)
             record["rows"].append({"case": case, "by": peer} | times)
             print(json.dumps(record["rows"][-1]), flush=True)
-            if config.out:
-                config.out.parent.mkdir(parents=True, exist_ok=True)
-                config.out.write_text(json.dumps(record, indent=2) + "\n")
+            if out:
+                output.write(out, record)
 
 
 def installed(module: str) -> bool:

@@ -1,11 +1,11 @@
 """Multi-query associative recall: `python -m experiments.mqar`."""
 
-import dataclasses
 import itertools
 from typing import Any
 
 import tyro
 
+from experiments import output
 from experiments.command_line import user_errors
 from experiments.mqar.config import Config
 from experiments.mqar.report import best_runs, describe, summarize, write_results
@@ -28,7 +28,7 @@ def main(config: Config) -> dict[str, Any]:
             raise ValueError(f"out: {config.out} exists and is left as it is, expected a new folder")
         config.out.mkdir(parents=True)
 
-    results = {"settings": dataclasses.asdict(config), **provenance("experiments.mqar"), "runs": []}
+    results = {"settings": output.settings(config), **provenance("experiments.mqar"), "runs": []}
     total = len(models) * len(config.learning_rates)
     with Console() as console:
         for key, rate in itertools.product(models, config.learning_rates):

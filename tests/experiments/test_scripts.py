@@ -70,6 +70,10 @@ def test_help_reads_well(script, run):
         ),
         (["plan", "--preset", "gsa-7b", "--mesh.data", "3"], "batch_size=1024: expected a multiple of"),
         (["plan", "--gpus", "0"], "gpus=(0,): expected numbers of at least 1"),
+        (["benchmarks.step", "--out", "/dev/null/step.json"], "out: /dev/null/step.json can't be written"),
+        (["benchmarks.ops", "--out", "/dev/null/ops.json"], "out: /dev/null/ops.json can't be written"),
+        (["benchmarks.model", "--out", "/dev/null/model.json"], "out: /dev/null/model.json can't be written"),
+        (["benchmarks.mesh", "--out", "/dev/null/mesh.json"], "out: /dev/null/mesh.json can't be written"),
         (["benchmarks.peers", "gsa-63"], "unknown cases: gsa-63; known are gsa-512-1k, gsa-512-2k"),
     ],
 )
