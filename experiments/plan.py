@@ -19,7 +19,7 @@ from rich.table import Table
 from experiments.command_line import user_errors
 from gsa_jax.layers.checks import check_numbers
 from gsa_jax.sharding import MESH_AXES
-from gsa_jax.training import ConfigError, MeshConfig, TrainConfig, recipe
+from gsa_jax.training import MeshConfig, TrainConfig, recipe
 from gsa_jax.training.plan import Hardware, Placed, Plan, best_plans, describe, placement, plan
 
 
@@ -48,8 +48,6 @@ class Arguments:
 
     def __post_init__(self):
         check_numbers(self)
-        if any(number < 1 for number in self.gpus):
-            raise ConfigError(f"gpus={self.gpus}: expected numbers of at least 1")
 
     @property
     def config(self) -> TrainConfig:

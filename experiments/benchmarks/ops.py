@@ -29,7 +29,9 @@ from experiments.benchmarks.shapes import CPU_SHAPES, GPU_SHAPES, QUICK_SHAPES, 
 from experiments.benchmarks.timing import REFUSALS, attempt, copy_rate, time_calls
 from experiments.command_line import user_errors
 from experiments.provenance import provenance
+from gsa_jax.layers.checks import check_numbers
 from gsa_jax.ops import gated_linear_attention, gated_slot_attention
+from gsa_jax.ops.arguments import check_chunk_size
 
 OPS = {"gsa": gated_slot_attention, "gla": gated_linear_attention}
 
@@ -57,6 +59,10 @@ class Config:
     """How long a measurement lasts at least: that many calls go back to back."""
     out: Path | None = None
     """JSON file to write, with a plot beside it."""
+
+    def __post_init__(self):
+        check_numbers(self, "seconds")
+        check_chunk_size(self.chunk_size)
 
 
 def main(config: Config) -> dict[str, Any]:

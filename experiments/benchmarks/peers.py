@@ -23,6 +23,7 @@ from experiments import output
 from experiments.benchmarks.shapes import GPU_SHAPES, Shape, choose
 from experiments.command_line import user_errors
 from experiments.provenance import provenance
+from gsa_jax.layers.checks import check_numbers
 
 PACKAGES = {"fla": "flash-linear-attention", "torch": "torch", "triton": "triton"}
 """What the peers are made of: modules and the packages that they come in."""
@@ -42,6 +43,9 @@ class Config:
     """Measurements, of which the median counts."""
     seconds: float = 0.2
     """How long a measurement lasts at least: that many calls go back to back."""
+
+    def __post_init__(self):
+        check_numbers(self, "seconds")
 
 
 def main(config: Config) -> None:
