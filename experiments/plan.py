@@ -19,7 +19,7 @@ from rich.table import Table
 from experiments.command_line import user_errors
 from gsa_jax.layers.checks import check_numbers
 from gsa_jax.sharding import MESH_AXES
-from gsa_jax.training import MeshConfig, TrainConfig, recipe
+from gsa_jax.training import ConfigError, MeshConfig, TrainConfig, recipe
 from gsa_jax.training.plan import Hardware, Placed, Plan, best_plans, describe, placement, plan
 
 
@@ -32,7 +32,7 @@ class Arguments:
     mesh: MeshConfig = MeshConfig()
     """the devices"""
     gpus: tuple[int, ...] = ()
-    """instead of a mesh: numbers of GPUs, to find the best meshes for"""
+    """in place of a mesh: numbers of GPUs, to find the best meshes for"""
     best: int = 3
     """how many of the best meshes to print"""
     batch_size: int | None = None
@@ -48,6 +48,8 @@ class Arguments:
 
     def __post_init__(self):
         check_numbers(self)
+        if self.gpus and self.mesh != MeshConfig():
+            raise ConfigError(f"gpus={self.gpus}: expected no mesh beside them, got {describe(self.mesh)}")
 
     @property
     def config(self) -> TrainConfig:

@@ -41,7 +41,7 @@ def test_help_reads_well(script, run):
     [
         (["language_model", "--preset", "gsa-9b"], "--preset gsa-9b: unknown, expected one of tiny"),
         (["language_model", "--data", "/nowhere.txt"], "/nowhere.txt"),
-        (["language_model", "--mesh.data", "2"], "mesh: data=2"),
+        (["language_model", "--mesh.data", "2"], "XLA_FLAGS=--xla_force_host_platform_device_count=2 makes"),
         (["language_model", "--mesh.data", "0"], "data must be at least 1, got 0"),
         (["language_model", "--optimizer.b2", "1"], "b2=1.0: expected less than 1"),
         (["language_model", "--model.gsa.num-kv-heads", "-2"], "num_kv_heads must be at least 1, got -2"),
@@ -73,6 +73,7 @@ def test_help_reads_well(script, run):
             "length=2050: expected a multiple",
         ),
         (["plan", "--preset", "gsa-7b", "--mesh.data", "3"], "batch_size=1024: expected a multiple of"),
+        (["plan", "--gpus", "8", "--mesh.data", "8"], "gpus=(8,): expected no mesh beside them, got data=8"),
         (["plan", "--gpus", "0"], "gpus must be at least 1, got (0,)"),
         (["benchmarks.step", "--out", "/dev/null/step.json"], "out: /dev/null/step.json can't be written"),
         (["benchmarks.ops", "--out", "/dev/null/ops.json"], "out: /dev/null/ops.json can't be written"),
