@@ -111,7 +111,7 @@ def defaults(arguments: list[str]) -> TrainConfig:
         raise ConfigError(f"--preset {chosen.preset}: unknown, expected one of {', '.join(PRESETS)}")
     config = recipe(chosen.preset)
     stored = Path(chosen.run_dir or config.run_dir) / "config.json"
-    return TrainConfig.from_json(stored.read_text()) if chosen.resume and stored.is_file() else config
+    return TrainConfig.read(stored) if chosen.resume and stored.is_file() else config
 
 
 def join_hosts(arguments: list[str]) -> None:

@@ -267,7 +267,8 @@ def _check_run_dir(run_dir: Path, config: TrainConfig, resume: bool) -> None:
     done = next(reversed(read_metrics(run_dir)), {"step": 0})["step"]
     if config.steps < done:
         raise ConfigError(f"steps={config.steps}: the run has come to step {done}, expected at least as many")
-    changed = differences(json.loads(stored.read_text()), json.loads(config.to_json()))
+    there, here = (json.loads(settings.to_json()) for settings in (TrainConfig.read(stored), config))
+    changed = differences(there, here)
     fixed = [text for name, text in changed.items() if name.split(".")[0] in _FIXED]
     if fixed:
         raise ConfigError(f"run_dir={config.run_dir!r}: can't be resumed with other settings: {'; '.join(fixed[:3])}")
