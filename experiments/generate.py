@@ -11,8 +11,9 @@ import jax
 import numpy as np
 import tyro
 
-from experiments.command_line import user_errors
+from experiments.command_line import check_text, user_errors
 from gsa_jax.generation import SamplingConfig, stream
+from gsa_jax.layers.checks import check_numbers
 from gsa_jax.training import load_model
 from gsa_jax.training.data import load_tokenizer
 
@@ -32,6 +33,10 @@ class Arguments:
     block_size: int = 16
     """tokens drawn between two writes to the terminal; does not change them"""
     sampling: Annotated[SamplingConfig, tyro.conf.arg(name="")] = field(default_factory=SamplingConfig)
+
+    def __post_init__(self):
+        check_numbers(self, "seed")
+        check_text("prompt", self.prompt)
 
 
 def main(arguments: Arguments) -> None:

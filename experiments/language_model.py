@@ -20,7 +20,7 @@ import numpy as np
 import tyro
 
 from experiments.bigram import bigram_bits_per_byte
-from experiments.command_line import user_errors
+from experiments.command_line import check_text, user_errors
 from gsa_jax.generation import generate
 from gsa_jax.models import PRESETS
 from gsa_jax.training import (
@@ -54,6 +54,9 @@ class Arguments:
     """how many processes there are"""
     process_id: int | None = None
     """which of them this is, from 0"""
+
+    def __post_init__(self):
+        check_text("prompt", self.prompt)
 
 
 def main(arguments: Arguments) -> None:
