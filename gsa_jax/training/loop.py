@@ -82,7 +82,7 @@ def train(config: TrainConfig, *, resume: bool = False) -> TrainSummary:
     mesh, corpus, held_out, batches, validation = together(functools.partial(_prepare, config, resume))
     _write_config(run_dir, config)
     with Checkpoints(run_dir / "checkpoints", config, cleanup=True) as checkpoints, jax.set_mesh(mesh):
-        step, interrupted = _run(config, mesh, checkpoints, batches, validation)
+        step, interrupted = _run(config, resume, mesh, checkpoints, batches, validation)
     if jax.process_index() == 0:
         plot_curves(run_dir)
     metrics = next(reversed(read_metrics(run_dir)), {})
@@ -109,6 +109,7 @@ def _prepare(
 
 def _run(
     config: TrainConfig,
+    resume: bool,
     mesh: Mesh,
     checkpoints: Checkpoints,
     batches: HostBatches,
@@ -126,7 +127,7 @@ def _run(
         MetricsLog(Path(config.run_dir), after_step=first, tensorboard=config.tensorboard) as log,
         _stop_signals() as signals,
     ):
-        console.start(_description(config, mesh, first))
+        console.start(_description(config, mesh) + f", resumed at step {first}" * resume)
         schedule = make_schedule(config.optimizer, config.steps)
         train_step = make_train_step(graphdef, optimizer, schedule, config.parts)
         make = (lambda: restored) if restored else create
@@ -197,13 +198,12 @@ def _summarize(window: list[dict[str, np.ndarray]]) -> dict[str, float]:
     }
 
 
-def _description(config: TrainConfig, mesh: Mesh, step: int) -> str:
+def _description(config: TrainConfig, mesh: Mesh) -> str:
     parameters, _ = count_parameters(config.model)
     device = mesh.devices.flat[0].device_kind
-    resumed = f", resumed at step {step}" if step else ""
     return (
         f"{config.run_dir}: {parameters:,} parameters, {config.batch_size} x {config.length} tokens a step, "
-        f"{compute_dtype(config.dtype)} on {mesh.size} x {device}{resumed}"
+        f"{compute_dtype(config.dtype)} on {mesh.size} x {device}"
     )
 
 
