@@ -31,7 +31,7 @@ from gsa_jax.training.data import evaluation_stream
 
 @dataclass(frozen=True)
 class Arguments:
-    """Bits per byte and perplexity of a trained model, by position in the document too, with the state carried on."""
+    """What to evaluate."""
 
     run: tyro.conf.Positional[Path]
     """folder of a run of experiments.language_model"""
@@ -147,4 +147,4 @@ def draw(results: dict) -> matplotlib.figure.Figure:
 
 if __name__ == "__main__":
     with user_errors():
-        main(tyro.cli(Arguments))
+        main(tyro.cli(Arguments, prog="python -m experiments.evaluate", description=__doc__))

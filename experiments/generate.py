@@ -20,7 +20,7 @@ from gsa_jax.training.data import load_tokenizer
 
 @dataclass(frozen=True)
 class Arguments:
-    """Continues a prompt with a trained model and streams the text to the terminal."""
+    """What to continue, and how."""
 
     run: tyro.conf.Positional[Path]
     """folder of a run of experiments.language_model"""
@@ -65,4 +65,4 @@ def main(arguments: Arguments) -> None:
 
 if __name__ == "__main__":
     with user_errors():
-        main(tyro.cli(Arguments))
+        main(tyro.cli(Arguments, prog="python -m experiments.generate", description=__doc__))

@@ -38,14 +38,13 @@ from gsa_jax.training.data import load_tokenizer, training_batches, validation_b
 
 @dataclass(frozen=True)
 class Arguments:
-    """Trains a language model; the top of experiments/language_model.py has examples."""
+    """What to train."""
 
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
     preset: str = "tiny"
-    """model and recipe, the defaults of all settings below: tiny, tiny-gla, ..., gsa-340m, gsa-1.3b, gsa-2.7b, gsa-7b,
-    and the same sizes of abc, gla, hgrn2, retention, linear and softmax"""
+    """model and recipe, the defaults of all settings below: tiny, gsa-340m, gsa-1.3b, gsa-2.7b, gsa-7b, gla-340m..."""
     resume: bool = False
-    """go on with the run in --run-dir, with its settings, from its last checkpoint"""
+    """go on with the run in --run-dir from its last checkpoint, with its settings and not those of --preset"""
     prompt: str = "def "
     """what the sample at the end begins with"""
     coordinator: str | None = None
@@ -131,4 +130,5 @@ def join_hosts(arguments: list[str]) -> None:
 if __name__ == "__main__":
     with user_errors():
         join_hosts(sys.argv[1:])
-        main(tyro.cli(Arguments, default=Arguments(defaults(sys.argv[1:]))))
+        default = Arguments(defaults(sys.argv[1:]))
+        main(tyro.cli(Arguments, default=default, prog="python -m experiments.language_model", description=__doc__))

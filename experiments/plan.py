@@ -123,4 +123,4 @@ def add_costs(table: Table, result: Plan, *, last: bool = False) -> None:
 
 if __name__ == "__main__":
     with user_errors():
-        main(tyro.cli(Arguments))
+        main(tyro.cli(Arguments, prog="python -m experiments.plan", description=__doc__))

@@ -51,8 +51,7 @@ class Config:
     chunk_size: int | None = None
     """Tokens in a chunk of "chunked"; the platform's own choice by default."""
     peers: Literal["measure", "none"] | Path = "measure"
-    """On a GPU in bfloat16, measure the peers that are installed, or none; or a JSON file of times that this script or
-    experiments.benchmarks.peers took before on such a device."""
+    """Those that are installed (on a GPU, in bfloat16), none, or a JSON file of times taken before on such a device."""
     repeats: int = 7
     """Measurements, of which the median counts."""
     seconds: float = 0.2

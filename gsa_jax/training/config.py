@@ -93,8 +93,7 @@ class TrainConfig:
     length: int = 256
     """tokens of a sequence"""
     accumulation: int | None = None
-    """parts a batch is computed in, one after the other, to save memory; the gradient is that of the whole batch. None:
-    as few as leave a device at most 16,384 tokens at a time, or one row"""
+    """parts a batch is computed in, to save memory; None: so few that a device has 16,384 tokens or a row at a time"""
     seed: int = 0
     """of the initial parameters and of the order of the documents"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"

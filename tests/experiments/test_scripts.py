@@ -33,7 +33,7 @@ BENCHMARKS = ["ops", "model", "mesh", "step", "peers"]
 def test_help_reads_well(script, run):
     code, stdout, _ = run(script, "--help")
     assert code == 0
-    assert "usage:" in stdout
+    assert f"usage: python -m experiments.{script} [-h]" in stdout
 
 
 @pytest.mark.parametrize(
