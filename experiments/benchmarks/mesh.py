@@ -85,7 +85,10 @@ def main(config: Config) -> dict[str, Any]:
         seconds=config.seconds,
         overlap=config.overlap,
     )
-    for case in cases(config, in_process(jax.device_count)):
+    devices = in_process(jax.device_count)
+    if devices == 1:
+        print("there is one device: no axis to spread over, and no long sequence")
+    for case in cases(config, devices):
         print(f"{describe(case)}: ", end="", flush=True)
         model = dataclasses.replace(config.model, remat=case["remat"], unroll=case["unroll"])
         settings = {"config": model, "mesh": MeshConfig(**case["mesh"]), "began": time.time()}
