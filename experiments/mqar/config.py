@@ -76,6 +76,8 @@ class Config:
 
     def _check(self) -> None:
         check_numbers(self, "conv_size", "seed")
+        if self.batch_size > self.train_examples:
+            raise ValueError(f"batch_size: {self.batch_size}, expected at most train_examples={self.train_examples}")
         for name in ("mixers", "hidden_sizes", "learning_rates"):
             if not getattr(self, name):
                 raise ValueError(f"{name}: there is none, expected at least one")
