@@ -6,6 +6,14 @@ import sys
 from collections.abc import Iterator
 
 
+def check_text(name: str, text: str) -> None:
+    """Raises a ValueError that names the argument if its text has bytes that are not UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name} must be UTF-8, got {text!r}") from error
+
+
 @contextlib.contextmanager
 def user_errors() -> Iterator[None]:
     """Turns errors into one line: those that a user can mend (bad settings, files, checkpoints) with exit code 2, a

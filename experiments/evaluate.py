@@ -9,19 +9,19 @@ result is also broken down by the position in the document: does the model hold 
 
 import dataclasses
 import itertools
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import matplotlib
+import matplotlib.figure
 import numpy as np
 import tyro
 from flax import nnx
 from jax import lax
 from rich.progress import track
 
+from experiments import output
 from experiments.command_line import user_errors
 from experiments.provenance import provenance
 from gsa_jax.layers.checks import check_numbers
@@ -31,7 +31,7 @@ from gsa_jax.training.data import evaluation_stream
 
 @dataclass(frozen=True)
 class Arguments:
-    """Bits per byte and perplexity of a trained model, by position in the document too, with the state carried on."""
+    """What to evaluate."""
 
     run: tyro.conf.Positional[Path]
     """folder of a run of experiments.language_model"""
@@ -46,7 +46,7 @@ class Arguments:
     cache: int = 8192
     """tokens that softmax attention remembers, if the model has any"""
     out: Path | None = None
-    """where to save the numbers (.json) and the plot beside them (.png); RUN/evaluation.json by default"""
+    """JSON file to write, with a plot beside it; RUN/evaluation.json by default"""
 
     def __post_init__(self):
         check_numbers(self)
@@ -57,7 +57,7 @@ def main(arguments: Arguments) -> None:
     model, config, step = load_model(arguments.run)
     split = "validation" if arguments.data is None else "all"
     data = config.data if arguments.data is None else dataclasses.replace(config.data, path=arguments.data)
-    out = (arguments.out or arguments.run / "evaluation.json").with_suffix(".json")
+    out = output.json_file(arguments.out or arguments.run / "evaluation.json")
     corpus, length = data.open(split), arguments.length or config.length
     if not len(corpus):
         raise ConfigError(f"--data {data.path}: no documents in the split {split!r}")
@@ -66,8 +66,7 @@ def main(arguments: Arguments) -> None:
     results = summarize(sums) | {"run": str(arguments.run), "step": step, "data": data.path, "split": split}
     results |= {"trained_at_length": config.length, "window": length, **provenance("experiments.evaluate")}
     print_table(results)
-    out.write_text(json.dumps(results, indent=2) + "\n")
-    plot(results, out.with_suffix(".png"))
+    output.write(out, results, draw(results))
     print(f"\nsaved {out} and {out.with_suffix('.png')}")
 
 
@@ -132,23 +131,20 @@ def print_table(results: dict) -> None:
     print(f"{'all':>22} {results['tokens']:>12,} {results['perplexity']:>11.4f} {bits:>10}")
 
 
-def plot(results: dict, path: Path) -> None:
+def draw(results: dict) -> matplotlib.figure.Figure:
     """Bits per byte over the position in the document, with the training length marked."""
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     rows = [row for row in results["by_position"] if row["bits_per_byte"] is not None]
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    figure = matplotlib.figure.Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
     axes.plot([row["to"] for row in rows], [row["bits_per_byte"] for row in rows], marker="o")
     axes.axvline(results["trained_at_length"], color="gray", linestyle="--", label="length trained at")
     axes.set(xscale="log", xlabel="position in the document, up to (tokens)", ylabel="bits per byte")
     axes.set_title(f"{results['run']}, step {results['step']}, on {results['data']} ({results['split']})")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+    return figure
 
 
 if __name__ == "__main__":
     with user_errors():
-        main(tyro.cli(Arguments))
+        main(tyro.cli(Arguments, prog="python -m experiments.evaluate", description=__doc__))

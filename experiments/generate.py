@@ -11,15 +11,16 @@ import jax
 import numpy as np
 import tyro
 
-from experiments.command_line import user_errors
+from experiments.command_line import check_text, user_errors
 from gsa_jax.generation import SamplingConfig, stream
+from gsa_jax.layers.checks import check_numbers
 from gsa_jax.training import load_model
 from gsa_jax.training.data import load_tokenizer
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """Continues a prompt with a trained model and streams the text to the terminal."""
+    """What to continue, and how."""
 
     run: tyro.conf.Positional[Path]
     """folder of a run of experiments.language_model"""
@@ -32,6 +33,10 @@ class Arguments:
     block_size: int = 16
     """tokens drawn between two writes to the terminal; does not change them"""
     sampling: Annotated[SamplingConfig, tyro.conf.arg(name="")] = field(default_factory=SamplingConfig)
+
+    def __post_init__(self):
+        check_numbers(self, "seed")
+        check_text("prompt", self.prompt)
 
 
 def main(arguments: Arguments) -> None:
@@ -60,4 +65,4 @@ def main(arguments: Arguments) -> None:
 
 if __name__ == "__main__":
     with user_errors():
-        main(tyro.cli(Arguments))
+        main(tyro.cli(Arguments, prog="python -m experiments.generate", description=__doc__))

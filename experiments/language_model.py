@@ -20,7 +20,7 @@ import numpy as np
 import tyro
 
 from experiments.bigram import bigram_bits_per_byte
-from experiments.command_line import user_errors
+from experiments.command_line import check_text, user_errors
 from gsa_jax.generation import generate
 from gsa_jax.models import PRESETS
 from gsa_jax.training import (
@@ -38,14 +38,13 @@ from gsa_jax.training.data import load_tokenizer, training_batches, validation_b
 
 @dataclass(frozen=True)
 class Arguments:
-    """Trains a language model; the top of experiments/language_model.py has examples."""
+    """What to train."""
 
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
     preset: str = "tiny"
-    """model and recipe, the defaults of all settings below: tiny, tiny-gla, ..., gsa-340m, gsa-1.3b, gsa-2.7b, gsa-7b,
-    and the same sizes of abc, gla, hgrn2, retention, linear and softmax"""
+    """model and recipe, the defaults of all settings below: tiny, gsa-340m, gsa-1.3b, gsa-2.7b, gsa-7b, gla-340m..."""
     resume: bool = False
-    """go on with the run in --run-dir, with its settings, from its last checkpoint"""
+    """go on with the run in --run-dir from its last checkpoint, with its settings and not those of --preset"""
     prompt: str = "def "
     """what the sample at the end begins with"""
     coordinator: str | None = None
@@ -54,6 +53,9 @@ class Arguments:
     """how many processes there are"""
     process_id: int | None = None
     """which of them this is, from 0"""
+
+    def __post_init__(self):
+        check_text("prompt", self.prompt)
 
 
 def main(arguments: Arguments) -> None:
@@ -111,7 +113,7 @@ def defaults(arguments: list[str]) -> TrainConfig:
         raise ConfigError(f"--preset {chosen.preset}: unknown, expected one of {', '.join(PRESETS)}")
     config = recipe(chosen.preset)
     stored = Path(chosen.run_dir or config.run_dir) / "config.json"
-    return TrainConfig.from_json(stored.read_text()) if chosen.resume and stored.is_file() else config
+    return TrainConfig.read(stored) if chosen.resume and stored.is_file() else config
 
 
 def join_hosts(arguments: list[str]) -> None:
@@ -128,4 +130,5 @@ def join_hosts(arguments: list[str]) -> None:
 if __name__ == "__main__":
     with user_errors():
         join_hosts(sys.argv[1:])
-        main(tyro.cli(Arguments, default=Arguments(defaults(sys.argv[1:]))))
+        default = Arguments(defaults(sys.argv[1:]))
+        main(tyro.cli(Arguments, default=default, prog="python -m experiments.language_model", description=__doc__))

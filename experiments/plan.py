@@ -32,7 +32,7 @@ class Arguments:
     mesh: MeshConfig = MeshConfig()
     """the devices"""
     gpus: tuple[int, ...] = ()
-    """instead of a mesh: numbers of GPUs, to find the best meshes for"""
+    """in place of a mesh: numbers of GPUs, to find the best meshes for"""
     best: int = 3
     """how many of the best meshes to print"""
     batch_size: int | None = None
@@ -48,8 +48,8 @@ class Arguments:
 
     def __post_init__(self):
         check_numbers(self)
-        if any(number < 1 for number in self.gpus):
-            raise ConfigError(f"gpus={self.gpus}: expected numbers of at least 1")
+        if self.gpus and self.mesh != MeshConfig():
+            raise ConfigError(f"gpus={self.gpus}: expected no mesh beside them, got {describe(self.mesh)}")
 
     @property
     def config(self) -> TrainConfig:
@@ -123,4 +123,4 @@ def add_costs(table: Table, result: Plan, *, last: bool = False) -> None:
 
 if __name__ == "__main__":
     with user_errors():
-        main(tyro.cli(Arguments))
+        main(tyro.cli(Arguments, prog="python -m experiments.plan", description=__doc__))

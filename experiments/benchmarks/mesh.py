@@ -8,7 +8,6 @@ printed and written at once.
 
 import dataclasses
 import functools
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +20,13 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
+from experiments import output
 from experiments.benchmarks import model_cases
 from experiments.benchmarks.model import in_process
 from experiments.benchmarks.timing import attempt
 from experiments.command_line import user_errors
 from gsa_jax.layers.checks import check_numbers
-from gsa_jax.models import ModelConfig, preset
+from gsa_jax.models import ModelConfig
 from gsa_jax.sharding import MESH_AXES
 from gsa_jax.training import MeshConfig
 
@@ -69,14 +69,14 @@ class Config:
     @property
     def model(self) -> ModelConfig:
         """The preset with what was asked for instead of its own."""
-        changes = {"remat": self.remat, "unroll": self.unroll}
-        return dataclasses.replace(preset(self.preset), **{name: value for name, value in changes.items() if value})
+        return model_cases.changed_preset(self.preset, remat=self.remat, unroll=self.unroll)
 
 
 def main(config: Config) -> dict[str, Any]:
     """Times, prints, writes; returns what is written."""
+    out = config.out and output.json_file(config.out)
     result = in_process(model_cases.about, "experiments.benchmarks.mesh", config.model)
-    result["settings"] = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    result["settings"] = output.settings(config)
     result["rows"] = []
     measure = functools.partial(
         model_cases.train,
@@ -85,7 +85,10 @@ def main(config: Config) -> dict[str, Any]:
         seconds=config.seconds,
         overlap=config.overlap,
     )
-    for case in cases(config, in_process(jax.device_count)):
+    devices = in_process(jax.device_count)
+    if devices == 1:
+        print("there is one device: no axis to spread over, and no long sequence")
+    for case in cases(config, devices):
         print(f"{describe(case)}: ", end="", flush=True)
         model = dataclasses.replace(config.model, remat=case["remat"], unroll=case["unroll"])
         settings = {"config": model, "mesh": MeshConfig(**case["mesh"]), "began": time.time()}
@@ -93,10 +96,8 @@ def main(config: Config) -> dict[str, Any]:
         row = case | attempt(run, Exception)
         print(row.get("error") or f"{row['tokens_per_second']:,.0f} tokens/s", flush=True)
         result["rows"].append(row)
-        if config.out:
-            config.out.parent.mkdir(parents=True, exist_ok=True)
-            config.out.write_text(json.dumps(result, indent=2) + "\n")
-            draw(result).savefig(config.out.with_suffix(".png"), dpi=150)
+        if out:
+            output.write(out, result, draw(result))
     failed = [f"{describe(row)}: {row['error']}" for row in result["rows"] if "error" in row]
     console = Console(width=120)
     console.print("", title(result), as_table(result), *failed, sep="\n", highlight=False, markup=False)

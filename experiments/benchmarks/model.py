@@ -7,7 +7,6 @@ Every case has a process of its own, so that its peak memory and its first step 
 and written at once: a run that is cut short loses nothing, and --resume goes on with it.
 """
 
-import dataclasses
 import functools
 import json
 import multiprocessing
@@ -22,12 +21,13 @@ from typing import Any, Literal
 import tyro
 from rich.console import Console
 
+from experiments import output
 from experiments.benchmarks import model_cases, peers
 from experiments.benchmarks.model_report import as_table, describe, draw, name_case, remarks, title
 from experiments.benchmarks.timing import attempt
 from experiments.command_line import user_errors
 from gsa_jax.layers.checks import check_numbers
-from gsa_jax.models import ModelConfig, preset
+from gsa_jax.models import ModelConfig
 from gsa_jax.training import MeshConfig
 
 SELECTION = ("cases", "decode_batches", "peers", "out", "resume")
@@ -76,7 +76,7 @@ class Config:
     def model(self) -> ModelConfig:
         """The preset with what was asked for instead of its own."""
         changes = {"implementation": self.implementation, "remat": self.remat, "unroll": self.unroll}
-        return dataclasses.replace(preset(self.preset), **{name: value for name, value in changes.items() if value})
+        return model_cases.changed_preset(self.preset, **changes)
 
 
 def main(config: Config) -> dict[str, Any]:
@@ -87,12 +87,13 @@ def main(config: Config) -> dict[str, Any]:
     cases = [("training", train, dict(zip(("batch", "length"), parse(case), strict=True))) for case in config.cases]
     cases += [("decoding", decode, {"batch": batch, "prompt": config.prompt}) for batch in config.decode_batches]
 
+    out = config.out and output.json_file(config.out)
     result = in_process(model_cases.about, "experiments.benchmarks.model", config.model)
-    result["settings"] = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    result["settings"] = output.settings(config)
     result["peers"] = peers.read(config.peers, device=result["device"]) if config.peers else None
     result |= {"training": [], "decoding": []}
-    if config.resume and config.out.exists():
-        result |= measured_before(config.out, result)
+    if config.resume and out.exists():
+        result |= measured_before(out, result)
     for part, measure, case in cases:
         if any(case.items() <= row.items() for row in result[part]):
             continue
@@ -102,8 +103,8 @@ def main(config: Config) -> dict[str, Any]:
         )
         print(describe(row), flush=True)
         result[part].append(row)
-        if config.out:
-            write(result, config.out)
+        if out:
+            output.write(out, result, draw(result))
     tables = [as_table(result, part) for part in ("training", "decoding") if result[part]]
     console = Console(width=120)
     console.print("", title(result), *tables, *remarks(result), sep="\n", highlight=False, markup=False)
@@ -124,15 +125,6 @@ def measured_before(file: Path, result: dict[str, Any]) -> dict[str, list[dict[s
         if earlier[fact] != here[fact]:
             raise ValueError(f"resume: {file} has the {fact} {earlier[fact]}, and here they are {here[fact]}")
     return {part: [row for row in earlier[part] if "error" not in row] for part in ("training", "decoding")}
-
-
-def write(result: dict[str, Any], file: Path) -> None:
-    """Puts the result into `file`, in one go, and a plot of its training beside it."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps(result, indent=2) + "\n")
-    partial.replace(file)
-    draw(result).savefig(file.with_suffix(".png"), dpi=150)
 
 
 def parse(case: str) -> tuple[int, int]:

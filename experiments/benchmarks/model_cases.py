@@ -1,5 +1,6 @@
 """What `experiments.benchmarks.model` measures, each in a process of its own."""
 
+import dataclasses
 import functools
 import statistics
 import time
@@ -13,7 +14,7 @@ from flax import nnx
 from experiments.benchmarks.timing import time_calls
 from experiments.provenance import provenance
 from gsa_jax.generation import stream
-from gsa_jax.models import ModelConfig, abstract_model, count_parameters
+from gsa_jax.models import ModelConfig, abstract_model, count_parameters, preset
 from gsa_jax.training import (
     MeshConfig,
     OptimizerConfig,
@@ -32,6 +33,11 @@ from gsa_jax.training import (
 
 BLOCK = 16
 """Tokens that are drawn between two looks at them, as in experiments.generate."""
+
+
+def changed_preset(name: str, **changes: Any) -> ModelConfig:
+    """The preset of that name with `changes` in place of its own settings, but for those that are None."""
+    return dataclasses.replace(preset(name), **{key: value for key, value in changes.items() if value is not None})
 
 
 def about(script: str, config: ModelConfig) -> dict[str, Any]:
@@ -67,7 +73,8 @@ def train(
 ) -> dict[str, float]:
     """Training steps on random tokens, on one device or a mesh: the milliseconds of a step, what
     `gsa_jax.training.speed` tells, and the seconds from `began`, when this process was started, until imports, device,
-    initial state, compiled step and first step were there. `overlap`: whether XLA gets `compiler_options`."""
+    initial state, compiled step and first step were there. `overlap`: whether XLA gets the options that hide
+    communication."""
     stopwatch = Stopwatch(began)
     stopwatch.done("imports")
     mesh = make_mesh(mesh)
@@ -82,7 +89,7 @@ def train(
         return state
 
     train_step = make_train_step(_structure(config), optimizer, schedule)
-    options = compiler_options(config, mesh) if overlap else {}
+    options = compiler_options(config, mesh.size if overlap else 1)
     state, train_step = create_and_compile(create_and_wait, train_step, like, (batch, length), mesh, options)
     stopwatch.done("compile")
     tokens = _random_tokens(config, batch, length + 1)

@@ -81,14 +81,14 @@ def draw(result: dict[str, Any]) -> matplotlib.figure.Figure:
     cases = {row["length"]: f"{row['batch']} x {row['length']:,}" for row in [*recorded, *result["training"]]}
     axes.set_xscale("log", base=2)
     axes.set_xticks(list(cases), list(cases.values()))
-    axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter("{x:,.0f}")
     axes.set_xlabel("rows x tokens of a row")
     axes.set_ylabel("training, tokens/s")
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     if axes.lines:
-        axes.legend(frameon=False)
+        axes.set_ylim(0, 1.1 * axes.dataLim.ymax)
+        figure.legend(loc="outside lower center", ncols=2, frameon=False)
     axes.set_title(title(result), fontsize=10)
     return figure
 

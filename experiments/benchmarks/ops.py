@@ -22,13 +22,16 @@ import jax.numpy as jnp
 import tyro
 from rich.console import Console
 
+from experiments import output
 from experiments.benchmarks import peers
 from experiments.benchmarks.ops_report import as_table, draw, remarks
 from experiments.benchmarks.shapes import CPU_SHAPES, GPU_SHAPES, QUICK_SHAPES, Shape, choose, make_inputs
 from experiments.benchmarks.timing import REFUSALS, attempt, copy_rate, time_calls
 from experiments.command_line import user_errors
 from experiments.provenance import provenance
+from gsa_jax.layers.checks import check_numbers
 from gsa_jax.ops import gated_linear_attention, gated_slot_attention
+from gsa_jax.ops.arguments import check_chunk_size
 
 OPS = {"gsa": gated_slot_attention, "gla": gated_linear_attention}
 
@@ -48,8 +51,7 @@ class Config:
     chunk_size: int | None = None
     """Tokens in a chunk of "chunked"; the platform's own choice by default."""
     peers: Literal["measure", "none"] | Path = "measure"
-    """On a GPU in bfloat16, measure the peers that are installed, or none; or a JSON file of times that this script or
-    experiments.benchmarks.peers took before on such a device."""
+    """Those that are installed (on a GPU, in bfloat16), none, or a JSON file of times taken before on such a device."""
     repeats: int = 7
     """Measurements, of which the median counts."""
     seconds: float = 0.2
@@ -57,12 +59,17 @@ class Config:
     out: Path | None = None
     """JSON file to write, with a plot beside it."""
 
+    def __post_init__(self):
+        check_numbers(self, "seconds")
+        check_chunk_size(self.chunk_size)
+
 
 def main(config: Config) -> dict[str, Any]:
     """Times, prints, writes; returns what is written."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leaves memory to the process of the peers
     on_gpu = jax.default_backend() == "gpu" and not config.quick
     cases = choose(config.cases or tuple(QUICK_SHAPES if config.quick else GPU_SHAPES if on_gpu else CPU_SHAPES))
+    out = config.out and output.json_file(config.out)
     dtype = config.dtype or ("bfloat16" if on_gpu else "float32")
     with_peers = on_gpu and dtype == "bfloat16" and config.peers != "none"
     result = provenance("experiments.benchmarks.ops") | {"dtype": dtype, "peers": None, "rows": []}
@@ -82,10 +89,8 @@ def main(config: Config) -> dict[str, Any]:
                 result["rows"].append({"case": case, "by": name} | times)
     console.print(as_table(result))
     console.print(*remarks(result), sep="\n", soft_wrap=True, highlight=False, markup=False)
-    if config.out:
-        config.out.parent.mkdir(parents=True, exist_ok=True)
-        config.out.write_text(json.dumps(result, indent=2) + "\n")
-        draw(result).savefig(config.out.with_suffix(".png"), dpi=150)
+    if out:
+        output.write(out, result, draw(result))
     return result
 
 

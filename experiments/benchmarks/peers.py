@@ -1,9 +1,9 @@
 """Times the peers: `python -m experiments.benchmarks.peers CASE... --out peers.json`.
 
 flash-linear-attention (Triton) on the same shapes, and PyTorch's flash attention over the same tokens at the same
-width, all in bfloat16. A process of its own, so that PyTorch and JAX don't share the GPU's memory; `pip install -e
-".[bench]"` has what it needs. Times are taken as ours are. Every result is printed as a line of JSON as it comes; the
-file is what `experiments.benchmarks.ops --peers` reads.
+width, all in bfloat16. A process of its own, so that PyTorch and JAX don't share the GPU's memory; what it needs comes
+with `pip install -e ".[bench]"`. Times are taken as ours are. Every result is printed as a line of JSON as it comes;
+the file is what `experiments.benchmarks.ops --peers` reads.
 
 Triton compiles and tries many tile sizes on first use, minutes for an op. So a process for every kind of op compiles
 first, side by side; the process that measures then chooses the tile sizes, alone on the GPU.
@@ -19,9 +19,11 @@ from typing import Any
 
 import tyro
 
+from experiments import output
 from experiments.benchmarks.shapes import GPU_SHAPES, Shape, choose
 from experiments.command_line import user_errors
 from experiments.provenance import provenance
+from gsa_jax.layers.checks import check_numbers
 
 PACKAGES = {"fla": "flash-linear-attention", "torch": "torch", "triton": "triton"}
 """What the peers are made of: modules and the packages that they come in."""
@@ -42,6 +44,9 @@ class Config:
     seconds: float = 0.2
     """How long a measurement lasts at least: that many calls go back to back."""
 
+    def __post_init__(self):
+        check_numbers(self, "seconds")
+
 
 def main(config: Config) -> None:
     """Compiles, then times one case after the other."""
@@ -54,6 +59,7 @@ def main(config: Config) -> None:
 
     if not torch.cuda.is_available():
         raise ValueError("the peers need a GPU, and PyTorch finds none")
+    out = config.out and output.json_file(config.out)
     peers = [peer for peer in torch_peers.PEERS if peer != "fla" or installed("fla")]
     if "fla" in peers:
         side_by_side(torch_peers.compile_kernels, list(cases.values()))
@@ -67,9 +73,8 @@ def main(config: Config) -> None:
             times = torch_peers.measure(peer, shape, repeats=config.repeats, seconds=config.seconds)
             record["rows"].append({"case": case, "by": peer} | times)
             print(json.dumps(record["rows"][-1]), flush=True)
-            if config.out:
-                config.out.parent.mkdir(parents=True, exist_ok=True)
-                config.out.write_text(json.dumps(record, indent=2) + "\n")
+            if out:
+                output.write(out, record)
 
 
 def installed(module: str) -> bool:

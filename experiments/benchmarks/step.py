@@ -6,8 +6,6 @@ before gave, and many tokens are one call. The states are all there is to move: 
 compared with the rate of a copy on the same device.
 """
 
-import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +15,7 @@ import jax.numpy as jnp
 import tyro
 from jax import lax
 
+from experiments import output
 from experiments.benchmarks.shapes import Shape, make_inputs
 from experiments.benchmarks.timing import attempt, copy_rate, time_calls
 from experiments.command_line import user_errors
@@ -58,8 +57,9 @@ class Config:
 
 def main(config: Config) -> dict[str, Any]:
     """Times, prints, writes; returns what is written."""
+    out = config.out and output.json_file(config.out)
     result = provenance("experiments.benchmarks.step")
-    result["settings"] = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    result["settings"] = output.settings(config)
     rate = result["copy_bytes_per_second"] = copy_rate(config.copy_mib)
     result["rows"] = []
     print(
@@ -70,9 +70,8 @@ def main(config: Config) -> dict[str, Any]:
         row = {"batch": batch} | attempt(lambda batch=batch: measure(batch, config))
         result["rows"].append(row)
         print(describe(row, rate), flush=True)
-        if config.out:
-            config.out.parent.mkdir(parents=True, exist_ok=True)
-            config.out.write_text(json.dumps(result, indent=2) + "\n")
+        if out:
+            output.write(out, result)
     return result
 
 

@@ -1,11 +1,11 @@
 """Multi-query associative recall: `python -m experiments.mqar`."""
 
-import dataclasses
 import itertools
 from typing import Any
 
 import tyro
 
+from experiments import output
 from experiments.command_line import user_errors
 from experiments.mqar.config import Config
 from experiments.mqar.report import best_runs, describe, summarize, write_results
@@ -15,20 +15,20 @@ from gsa_jax.models import count_parameters
 from gsa_jax.training.metrics import Console, duration
 
 
+@user_errors()
 def main(config: Config) -> dict[str, Any]:
     """Trains every combination, writes after each; returns what is written."""
-    with user_errors():
-        config = config.resolved()
-        models = {key: config.model(*key) for key in itertools.product(config.mixers, config.hidden_sizes)}
-        functions = {key: make_functions(model) for key, model in models.items()}
-        task = (config.length, config.num_pairs, config.vocab_size)
-        train_set = make_examples(config.seed, config.train_examples, *task)
-        test_set = make_examples(config.seed + 1, config.test_examples, *task)
-        if config.out.exists():
-            raise ValueError(f"out: {config.out} exists and is left as it is, expected a new folder")
-        config.out.mkdir(parents=True)
+    config = config.resolved()
+    models = {key: config.model(*key) for key in itertools.product(config.mixers, config.hidden_sizes)}
+    functions = {key: make_functions(model) for key, model in models.items()}
+    task = (config.length, config.num_pairs, config.vocab_size)
+    train_set = make_examples(config.seed, config.train_examples, *task)
+    test_set = make_examples(config.seed + 1, config.test_examples, *task)
+    if config.out.exists():
+        raise ValueError(f"out: {config.out} exists and is left as it is, expected a new folder")
+    config.out.mkdir(parents=True)
 
-    results = {"settings": dataclasses.asdict(config), **provenance("experiments.mqar"), "runs": []}
+    results = {"settings": output.settings(config), **provenance("experiments.mqar"), "runs": []}
     total = len(models) * len(config.learning_rates)
     with Console() as console:
         for key, rate in itertools.product(models, config.learning_rates):

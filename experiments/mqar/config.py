@@ -25,8 +25,8 @@ class Config:
     """Trains two-layer models on multi-query associative recall, over mixers, widths and learning rates.
 
     With no argument a small setting that GSA solves in minutes on two CPU cores. `--protocol figure` is that of the
-    papers' figures (Zoology, arXiv 2312.04927; GSA, arXiv 2409.07146). Their data sets are `--length 64 --num-pairs 4`,
-    128 and 8, 256 and 16, 512 and 64.
+    papers' figures (Zoology, arXiv 2312.04927; GSA, arXiv 2409.07146). Their data sets are those of `--length 64
+    --num-pairs 4`, of 128 and 8, 256 and 16, 512 and 64.
     """
 
     protocol: Literal["small", "figure"] = "small"
@@ -76,6 +76,8 @@ class Config:
 
     def _check(self) -> None:
         check_numbers(self, "conv_size", "seed")
+        if self.batch_size > self.train_examples:
+            raise ValueError(f"batch_size: {self.batch_size}, expected at most train_examples={self.train_examples}")
         for name in ("mixers", "hidden_sizes", "learning_rates"):
             if not getattr(self, name):
                 raise ValueError(f"{name}: there is none, expected at least one")

@@ -1,12 +1,12 @@
 """What a run tells: a line of progress, its results as JSON, and a plot."""
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
 import matplotlib.figure
 
+from experiments import output
 from experiments.mqar.train import SOLVED, Report
 
 LINE_STYLES = ("-", "--", ":", "-.")
@@ -41,8 +41,7 @@ def write_results(out: Path, results: dict[str, Any]) -> None:
     """Writes `results` with its `runs` into results.json of that folder, the best runs by name, and accuracy.png."""
     fields = ("mixer", "hidden_size", "learning_rate", "accuracy", "ended", "steps", "seconds")
     best = [{name: run[name] for name in fields} for run in best_runs(results["runs"])]
-    text = json.dumps({**results, "best": best}, indent=2, default=str, allow_nan=False)
-    (out / "results.json").write_text(text + "\n")
+    output.write(out / "results.json", {**results, "best": best})
     plot(results).savefig(out / "accuracy.png", dpi=150)
 
 

@@ -43,8 +43,7 @@ class ModelConfig:
     remat: Literal["none", "dots", "full"] = "none"
     """what the backward pass recomputes of a block: nothing, all but the matrix products, or everything"""
     unroll: int = 1
-    """repeats of the pattern in one turn of the loop over the depth; with all of them there is no loop, which saves its
-    copies into and out of stacks of layers, and compiles for longer"""
+    """repeats of the pattern in one turn of the loop over the depth; all of them: no loop, faster, slow to compile"""
 
     gsa: GatedSlotAttentionConfig = field(default_factory=GatedSlotAttentionConfig)
     """Gated Slot Attention"""

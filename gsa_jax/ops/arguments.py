@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.tiles import vary_alike
+
 
 def state_dtype(*arrays):
     """float32, or float64 where an input is float64 (possible under jax_enable_x64 only)."""
@@ -82,25 +84,13 @@ def select(implementation, implementations, misfit, on_request):
     return implementation
 
 
-def vary_with(x, *others):
-    """`x`, inside `jax.shard_map` varying over all mesh axes over which one of `others`, arrays or None, does."""
-
-    def varying(array):
-        return frozenset() if array is None else jax.typeof(array).manual_axis_type.varying
-
-    axes = frozenset().union(*map(varying, others)) - varying(x)
-    return jax.lax.pcast(x, tuple(axes), to="varying") if axes else x
-
-
 def zero_state(shape, dtype, like):
     """A state of zeros, sharded inside `jax.shard_map` as the array `like` is.
 
     The barrier hides from XLA that they are constant: jaxlib 0.12.0 on CPUs returns memory that nothing wrote for some
     products with a broadcast constant (its `__ynn_fusion`).
     """
-    zeros = jax.lax.optimization_barrier(jnp.zeros(shape, dtype))
-    axes = tuple(jax.typeof(like).manual_axis_type.varying)
-    return jax.lax.pcast(zeros, axes, to="varying") if axes else zeros
+    return vary_alike(jax.lax.optimization_barrier(jnp.zeros(shape, dtype)), like)[0]
 
 
 def group_heads(q, num_groups):

@@ -11,9 +11,9 @@ from gsa_jax.ops.arguments import (
     select,
     state_dtype,
     ungroup_heads,
-    vary_with,
     zero_state,
 )
+from pallas_kernels.tiles import vary_alike
 
 _IMPLEMENTATIONS = {
     "scan": scan.gated_linear_attention,
@@ -84,7 +84,7 @@ def checked_state(q, k, v, log_decay, initial_state, segment_ids):
     if initial_state is None:
         initial_state = zero_state(tuple(shape.values()), dtype, like=k)
     check_array("initial_state", initial_state, shape)
-    return vary_with(initial_state.astype(dtype), q, k, v, log_decay, segment_ids)
+    return vary_alike(initial_state.astype(dtype), q, k, v, log_decay, segment_ids)[0]
 
 
 def gated_linear_attention_step(q, k, v, log_decay, state, *, scale=None):

@@ -17,9 +17,9 @@ from gsa_jax.ops.arguments import (
     select,
     state_dtype,
     ungroup_heads,
-    vary_with,
     zero_state,
 )
+from pallas_kernels.tiles import vary_alike
 
 _IMPLEMENTATIONS = {
     "scan": scan.gated_slot_attention,
@@ -125,7 +125,7 @@ def checked_state(q, k, v, log_decay, write, initial_state, segment_ids):
             zero_state((*shape, key_size), dtype, like=k), zero_state((*shape, value_size), dtype, like=v)
         )
     state = _check_state(initial_state, slots, key_size, value_size, dtype)
-    return SlotState(*(vary_with(x, q, k, v, log_decay, write, segment_ids) for x in state))
+    return SlotState(*vary_alike(*state, q, k, v, log_decay, write, segment_ids)[:2])
 
 
 def gated_slot_attention_step(q, k, v, log_decay, state, write=None, *, scale=1.0):

@@ -137,11 +137,12 @@ def load_model(run_dir: Path | str) -> tuple[LanguageModel, TrainConfig, int]:
 
     Raises:
       CheckpointError: no run there, or no readable checkpoint in it.
+      ConfigError: its config.json can't be read.
     """
     file = Path(run_dir) / "config.json"
     if not file.is_file():
         raise CheckpointError(f"{run_dir}: expected the folder of a run, there is no config.json")
-    config = TrainConfig.from_json(file.read_text())
+    config = TrainConfig.read(file)
     graphdef, params = nnx.split(abstract_model(config.model, dtype=compute_dtype(config.dtype)))
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), params)

@@ -1,7 +1,6 @@
 """What XLA is told about a training step: the one place for such options."""
 
 import jax
-from jax.sharding import Mesh
 
 from gsa_jax.models import ModelConfig
 
@@ -31,8 +30,8 @@ UNROLLED = {
 """For models without a loop over their depth, by platform."""
 
 
-def compiler_options(config: ModelConfig, mesh: Mesh) -> dict[str, bool | int]:
-    """The options for `compile_train_step` where such a model is trained on such a mesh of the default backend."""
+def compiler_options(config: ModelConfig, num_devices: int) -> dict[str, bool | int]:
+    """The options for `compile_train_step` where such a model is trained on so many devices of the default backend."""
     platform = jax.default_backend()
-    options = OVERLAP.get(platform, {}) if mesh.size > 1 else {}
+    options = OVERLAP.get(platform, {}) if num_devices > 1 else {}
     return options | (UNROLLED.get(platform, {}) if config.unrolled else {})

@@ -5,6 +5,7 @@ import json
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from gsa_jax.layers.checks import check_numbers
@@ -92,8 +93,7 @@ class TrainConfig:
     length: int = 256
     """tokens of a sequence"""
     accumulation: int | None = None
-    """parts a batch is computed in, one after the other, to save memory; the gradient is that of the whole batch. None:
-    as few as leave a device at most 16,384 tokens at a time, or one row"""
+    """parts a batch is computed in, to save memory; None: so few that a device has 16,384 tokens or a row at a time"""
     seed: int = 0
     """of the initial parameters and of the order of the documents"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -159,6 +159,14 @@ class TrainConfig:
         if not isinstance(values, dict) or "model" not in values:
             raise ConfigError(f"config: expected an object with the field 'model', got {text[:80]!r}")
         return _build(cls, values, "config")
+
+    @classmethod
+    def read(cls, file: Path) -> "TrainConfig":
+        """The settings in a file that `to_json` filled; raises a ConfigError that names the file if it can't."""
+        try:
+            return cls.from_json(file.read_text())
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"{file}: {error}") from error
 
 
 def differences(there: dict[str, Any], here: dict[str, Any]) -> dict[str, str]:

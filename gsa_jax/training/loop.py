@@ -82,7 +82,7 @@ def train(config: TrainConfig, *, resume: bool = False) -> TrainSummary:
     mesh, corpus, held_out, batches, validation = together(functools.partial(_prepare, config, resume))
     _write_config(run_dir, config)
     with Checkpoints(run_dir / "checkpoints", config, cleanup=True) as checkpoints, jax.set_mesh(mesh):
-        step, interrupted = _run(config, mesh, checkpoints, batches, validation)
+        step, interrupted = _run(config, resume, mesh, checkpoints, batches, validation)
     if jax.process_index() == 0:
         plot_curves(run_dir)
     metrics = next(reversed(read_metrics(run_dir)), {})
@@ -109,6 +109,7 @@ def _prepare(
 
 def _run(
     config: TrainConfig,
+    resume: bool,
     mesh: Mesh,
     checkpoints: Checkpoints,
     batches: HostBatches,
@@ -126,11 +127,11 @@ def _run(
         MetricsLog(Path(config.run_dir), after_step=first, tensorboard=config.tensorboard) as log,
         _stop_signals() as signals,
     ):
-        console.start(_description(config, mesh, first))
+        console.start(_description(config, mesh) + f", resumed at step {first}" * resume)
         schedule = make_schedule(config.optimizer, config.steps)
         train_step = make_train_step(graphdef, optimizer, schedule, config.parts)
         make = (lambda: restored) if restored else create
-        batch_shape, options = (config.batch_size, config.length), compiler_options(config.model, mesh)
+        batch_shape, options = (config.batch_size, config.length), compiler_options(config.model, mesh.size)
         state, train_step = create_and_compile(make, train_step, like, batch_shape, mesh, options)
         begin = time.perf_counter()
         window, window_begin = [], begin
@@ -197,13 +198,12 @@ def _summarize(window: list[dict[str, np.ndarray]]) -> dict[str, float]:
     }
 
 
-def _description(config: TrainConfig, mesh: Mesh, step: int) -> str:
+def _description(config: TrainConfig, mesh: Mesh) -> str:
     parameters, _ = count_parameters(config.model)
     device = mesh.devices.flat[0].device_kind
-    resumed = f", resumed at step {step}" if step else ""
     return (
         f"{config.run_dir}: {parameters:,} parameters, {config.batch_size} x {config.length} tokens a step, "
-        f"{compute_dtype(config.dtype)} on {mesh.size} x {device}{resumed}"
+        f"{compute_dtype(config.dtype)} on {mesh.size} x {device}"
     )
 
 
@@ -267,7 +267,8 @@ def _check_run_dir(run_dir: Path, config: TrainConfig, resume: bool) -> None:
     done = next(reversed(read_metrics(run_dir)), {"step": 0})["step"]
     if config.steps < done:
         raise ConfigError(f"steps={config.steps}: the run has come to step {done}, expected at least as many")
-    changed = differences(json.loads(stored.read_text()), json.loads(config.to_json()))
+    there, here = (json.loads(settings.to_json()) for settings in (TrainConfig.read(stored), config))
+    changed = differences(there, here)
     fixed = [text for name, text in changed.items() if name.split(".")[0] in _FIXED]
     if fixed:
         raise ConfigError(f"run_dir={config.run_dir!r}: can't be resumed with other settings: {'; '.join(fixed[:3])}")

@@ -186,7 +186,8 @@ def plot_curves(run_dir: Path | str, *, references: dict[str, float] | None = No
         axes.grid(alpha=0.3)
     for name, value in (references or {}).items():
         axes.axhline(value, color="gray", linestyle="--", linewidth=1)
-        axes.annotate(f"{name} {value:.3f}", (0, value), xytext=(4, 3), textcoords="offset points", color="gray")
+        place = {"xycoords": axes.get_yaxis_transform(), "textcoords": "offset points", "ha": "right"}
+        axes.annotate(f"{name} {value:.3f}", (1, value), xytext=(-4, 3), color="gray", **place)
     axes.set_xlabel("step")
     figure.align_ylabels()
     figure.suptitle(run_dir.name)

@@ -23,15 +23,17 @@ def make_mesh(config: MeshConfig) -> Mesh:
       ConfigError: the sizes do not multiply to the number of devices.
     """
     sizes = tuple(getattr(config, name) for name in MESH_AXES)
-    devices = jax.devices()
-    wanted = (len(devices),) if jax.process_count() > 1 else (1, len(devices))
-    if math.prod(sizes) not in wanted:
+    size, devices = math.prod(sizes), jax.devices()
+    wanted = {len(devices)} if jax.process_count() > 1 else {len(devices), 1}
+    if size not in wanted:
         named = ", ".join(f"{name}={size}" for name, size in zip(MESH_AXES, sizes, strict=True))
+        trial = f"; XLA_FLAGS=--xla_force_host_platform_device_count={size} makes as many of a CPU, for a try"
         raise ConfigError(
-            f"mesh: {named} make {math.prod(sizes)} devices, expected {len(devices)}, which is what there is"
-            + (", or 1" if 1 in wanted else "")
+            f"mesh: {named} make {size} devices, expected {len(devices)}, which is what there is"
+            + (", or 1" if len(wanted) > 1 else "")
+            + (trial if devices[0].platform == "cpu" else "")
         )
-    return jax.make_mesh(sizes, MESH_AXES, (AxisType.Auto,) * 4, devices=devices[: math.prod(sizes)])
+    return jax.make_mesh(sizes, MESH_AXES, (AxisType.Auto,) * 4, devices=devices[:size])
 
 
 def is_variable(node: Any) -> bool:

@@ -119,6 +119,15 @@ def test_a_case_that_fails_does_not_end_the_run(tmp_path, monkeypatch, capsys):
     assert lines[-1] == lines[1]
 
 
+def test_one_device_says_what_is_left_out(monkeypatch, capsys):
+    facts = {"device": "1 x H200", "versions": {"jax": "0.12"}}
+    measured = {"ms": 1.0, "tokens_per_second": 32_000.0}
+    answers = iter([facts, 1, measured])
+    monkeypatch.setattr(mesh, "in_process", lambda *_, **__: next(answers))
+    mesh.main(TINY)
+    assert capsys.readouterr().out.startswith("there is one device: no axis to spread over, and no long sequence\n")
+
+
 def test_a_run_on_two_devices_writes_json_and_a_plot(tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2")  # for the processes of the cases
     out = tmp_path / "deep" / "mesh.json"

@@ -160,13 +160,13 @@ def measurements(monkeypatch):
 def test_what_is_measured_is_written_and_printed_before_the_next_case(tmp_path, monkeypatch, capfd, measurements):
     out, written = tmp_path / "result.json", []
 
-    def stopped(result, file, write=model.write):
-        write(result, file)
+    def stopped(file, result, figure, write=model.output.write):
+        write(file, result, figure)
         written.append(json.loads(file.read_text())["training"])
         assert "x 16: tokens/s 1, ms a step 1.00\n" in capfd.readouterr().out
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(model, "write", stopped)
+    monkeypatch.setattr(model.output, "write", stopped)
     with pytest.raises(KeyboardInterrupt):
         model.main(dataclasses.replace(TINY, out=out))
     assert written == [[{"batch": 2, "length": 16, "ms": 1.0, "tokens_per_second": 1.0}]]

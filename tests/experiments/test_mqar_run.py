@@ -164,6 +164,7 @@ def test_the_best_run_of_a_mixer_and_width_counts():
         (dict(learning_rates=(-1.0,)), "learning_rates"),
         (dict(conv_size=-1), "conv_size must be at least 0, got -1"),
         (dict(batch_size=0), "batch_size must be at least 1, got 0"),
+        (dict(batch_size=1025), "batch_size: 1025, expected at most train_examples=1024"),
         (dict(test_examples=0), "test_examples must be at least 1, got 0"),
     ],
 )

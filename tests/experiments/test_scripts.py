@@ -33,7 +33,7 @@ BENCHMARKS = ["ops", "model", "mesh", "step", "peers"]
 def test_help_reads_well(script, run):
     code, stdout, _ = run(script, "--help")
     assert code == 0
-    assert "usage:" in stdout
+    assert f"usage: python -m experiments.{script} [-h]" in stdout
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,7 @@ def test_help_reads_well(script, run):
     [
         (["language_model", "--preset", "gsa-9b"], "--preset gsa-9b: unknown, expected one of tiny"),
         (["language_model", "--data", "/nowhere.txt"], "/nowhere.txt"),
-        (["language_model", "--mesh.data", "2"], "mesh: data=2"),
+        (["language_model", "--mesh.data", "2"], "XLA_FLAGS=--xla_force_host_platform_device_count=2 makes"),
         (["language_model", "--mesh.data", "0"], "data must be at least 1, got 0"),
         (["language_model", "--optimizer.b2", "1"], "b2=1.0: expected less than 1"),
         (["language_model", "--model.gsa.num-kv-heads", "-2"], "num_kv_heads must be at least 1, got -2"),
@@ -50,11 +50,18 @@ def test_help_reads_well(script, run):
         (["language_model", "--resume"], "there is no run to resume"),
         (["language_model", "--model.mixers", "gsa", "slots"], "mixers must be among gsa"),
         (["generate", "/nowhere"], "/nowhere"),
+        (["generate", "/nowhere", "--num-tokens", "0"], "num_tokens must be at least 1, got 0"),
+        (["generate", "/nowhere", "--prompt", "\udcff"], "prompt must be UTF-8, got '\\udcff'"),
+        (["language_model", "--prompt", "\udcff"], "prompt must be UTF-8, got '\\udcff'"),
         (["evaluate", "/nowhere"], "/nowhere"),
         (["evaluate", "/nowhere", "--max-batches", "0"], "max_batches must be at least 1, got 0"),
         (["mqar", "--vocab-size", "0"], "vocab_size must be at least 1, got 0"),
         (["benchmarks.ops", "--cases", "gsa-63"], "unknown cases: gsa-63; known are gsa-512-1k, gsa-512-2k"),
         (["benchmarks.ops", "--peers", "/nowhere.json", "--quick"], "/nowhere.json"),
+        (["benchmarks.ops", "--repeats", "0"], "repeats must be at least 1, got 0"),
+        (["benchmarks.ops", "--chunk-size", "48"], "chunk_size must be a power of two or None, got 48"),
+        (["benchmarks.step", "--batches", "4", "-1"], "batches must be at least 1, got (4, -1)"),
+        (["benchmarks.model", "--decode-batches", "0"], "decode_batches must be at least 1, got (0,)"),
         (["benchmarks.model", "--cases", "8by2048"], "cases: got '8by2048', expected rows x tokens, such as 8x2048"),
         (["benchmarks.model", "--preset", "gsa-9b"], "preset must be one of tiny"),
         (["benchmarks.model", "--repeats", "0"], "repeats must be at least 1, got 0"),
@@ -69,7 +76,12 @@ def test_help_reads_well(script, run):
             "length=2050: expected a multiple",
         ),
         (["plan", "--preset", "gsa-7b", "--mesh.data", "3"], "batch_size=1024: expected a multiple of"),
-        (["plan", "--gpus", "0"], "gpus=(0,): expected numbers of at least 1"),
+        (["plan", "--gpus", "8", "--mesh.data", "8"], "gpus=(8,): expected no mesh beside them, got data=8"),
+        (["plan", "--gpus", "0"], "gpus must be at least 1, got (0,)"),
+        (["benchmarks.step", "--out", "/dev/null/step.json"], "out: /dev/null/step.json can't be written"),
+        (["benchmarks.ops", "--out", "/dev/null/ops.json"], "out: /dev/null/ops.json can't be written"),
+        (["benchmarks.model", "--out", "/dev/null/model.json"], "out: /dev/null/model.json can't be written"),
+        (["benchmarks.mesh", "--out", "/dev/null/mesh.json"], "out: /dev/null/mesh.json can't be written"),
         (["benchmarks.peers", "gsa-63"], "unknown cases: gsa-63; known are gsa-512-1k, gsa-512-2k"),
     ],
 )

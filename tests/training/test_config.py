@@ -47,6 +47,14 @@ def test_json_of_something_else_is_refused(text, message):
         TrainConfig.from_json(text)
 
 
+@pytest.mark.parametrize("text", ["{", '{"model": {"hidden_size": 0}}', '{"model": {}, "steps": "ten"}', "\xff"])
+def test_a_file_that_cannot_be_read_is_named(tmp_path, text):
+    file = tmp_path / "config.json"
+    file.write_bytes(text.encode("latin-1"))
+    with pytest.raises(ConfigError, match=f"^{file}: "):
+        TrainConfig.read(file)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

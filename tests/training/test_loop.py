@@ -161,6 +161,14 @@ def test_a_finished_run_can_be_resumed_and_prolonged(folder, finished):
     assert [line["step"] for line in read_metrics(config.run_dir)] == [2, 4]
 
 
+def test_a_run_that_was_killed_before_its_first_checkpoint_says_that_it_begins_anew(tmp_path, capsys):
+    config = run_config(tmp_path, steps=2)
+    Path(config.run_dir).mkdir()
+    (Path(config.run_dir) / "config.json").write_text(config.to_json())
+    assert train(config, resume=True).step == 2
+    assert capsys.readouterr().out.splitlines()[0].endswith(", resumed at step 0")
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(folder, finished):
     optimizer = OptimizerConfig(learning_rate=1e38, warmup_steps=2, final_fraction=1.0)
     config = dataclasses.replace(finished[0], run_dir=str(folder / "nan"), optimizer=optimizer, checkpoint_every=1)

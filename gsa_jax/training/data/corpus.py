@@ -163,7 +163,7 @@ def _find_files(path: str) -> tuple[Path, list[Path]]:
     if root.is_dir():
         return root, [file for file in root.rglob("*") if file.suffix in _READERS and file.is_file()]
     if glob.has_magic(path):
-        found = [Path(name) for name in glob.glob(str(root), recursive=True)]
+        found = {Path(name) for name in glob.glob(str(root), recursive=True)}  # some of two "**" come several times
         while glob.has_magic(str(root)):
             root = root.parent
         return root, [file for file in found if file.is_file()]

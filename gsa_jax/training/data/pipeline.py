@@ -51,9 +51,7 @@ class DataConfig:
     validation_fraction: float = 0.05
     """The fraction of the documents held out for validation, chosen by a fixed hash of their names."""
     streams: int = 1
-    """Streams that the training documents are dealt to, each with its share of every batch. A host reads the streams
-    that its rows come from: with as many streams as hosts no document is read twice. The order of the data depends on
-    this number, and not on hosts or devices."""
+    """Streams that documents are dealt to, best one a host; the order of the data depends on them, not on the hosts."""
 
     def open(self, split: str) -> Corpus:
         """Opens the split "train", "validation" or "all"; see `open_corpus`."""

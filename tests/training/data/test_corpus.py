@@ -38,6 +38,7 @@ def test_text_directory_is_recursive_and_sorted(tmp_path):
     assert names(tmp_path, "all") == ["a/c.txt", "a/z.txt", "b.txt"]
     assert list(corpus) == ["a/c.txt\r\nü", "a/z.txt\r\nü", "b.txt\r\nü"]
     assert names(tmp_path / "*" / "*.txt", "all") == ["a/c.txt", "a/z.txt"]
+    assert names(tmp_path / "**" / "**" / "*.txt", "all") == ["a/c.txt", "a/z.txt", "b.txt"]
     assert names(tmp_path / "**" / "*.txt", "all") == ["a/c.txt", "a/z.txt", "b.txt"]
 
 

@@ -1,0 +1,41 @@
+"""Where a script's numbers go: a JSON file, written in one go, and the plot beside it."""
+
+import dataclasses
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+
+def json_file(out: Path) -> Path:
+    """The file that an `--out` stands for, its name ending in .json; its folder is there and takes files.
+
+    Raises:
+      ValueError: no file can be written there.
+    """
+    file = out if out.suffix == ".json" else out.with_name(f"{out.name}.json")
+    if file.is_dir():
+        raise ValueError(f"out: {file} is a folder, expected a file")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=file.parent).close()
+    except OSError as error:
+        raise ValueError(f"out: {file} can't be written ({error}), expected a file that can") from error
+    return file
+
+
+def settings(config: Any) -> dict[str, Any]:
+    """The fields of a dataclass as JSON has them."""
+    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
+
+
+def write(file: Path, result: dict[str, Any], figure: Figure | None = None) -> None:
+    """Puts the result into `file` in one go, so that a script that is stopped leaves no half of it, and the figure
+    beside it."""
+    partial = file.with_suffix(".partial")
+    partial.write_text(json.dumps(result, indent=2) + "\n")
+    partial.replace(file)
+    if figure:
+        figure.savefig(file.with_suffix(".png"), dpi=150)

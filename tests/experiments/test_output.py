@@ -1,0 +1,36 @@
+"""The files of a script's numbers."""
+
+import json
+
+import pytest
+from matplotlib.figure import Figure
+
+from experiments import output
+
+
+@pytest.mark.parametrize(
+    ("out", "name"),
+    [("result.json", "result.json"), ("result", "result.json"), ("gsa-1.3b", "gsa-1.3b.json")],
+)
+def test_a_name_with_dots_is_kept_and_its_plot_stands_beside_it(tmp_path, out, name):
+    file = output.json_file(tmp_path / "deep" / out)
+    assert file == tmp_path / "deep" / name and not list(file.parent.iterdir())
+    output.write(file, {"ms": 1.0}, Figure())
+    assert {path.name for path in file.parent.iterdir()} == {name, name.replace(".json", ".png")}
+
+
+def test_what_cannot_be_written_leaves_the_result_before(tmp_path):
+    file = tmp_path / "result.json"
+    output.write(file, {"ms": 1.0})
+    with pytest.raises(TypeError):
+        output.write(file, {"ms": object()})
+    assert json.loads(file.read_text()) == {"ms": 1.0}
+
+
+def test_a_place_that_takes_no_file_is_refused(tmp_path):
+    (tmp_path / "folder.json").mkdir()
+    with pytest.raises(ValueError, match=r"out: .*folder.json is a folder, expected a file"):
+        output.json_file(tmp_path / "folder")
+    (tmp_path / "text").write_text("")
+    with pytest.raises(ValueError, match=r"out: .*text/result.json can't be written \(.*exists.*\), expected"):
+        output.json_file(tmp_path / "text" / "result.json")
