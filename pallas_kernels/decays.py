@@ -56,18 +56,13 @@ def level_tiles(dtype):
     return jnp.asarray(np.stack([*windows, parting]), dtype)
 
 
-def are_mild(kept, length, dtype):
-    """Which blocks of 64 slots of a chunk have mild gates: int32 [B, G, N, M/64].
+def mildest(tokens, dtype):
+    """The sum of log decays of so many tokens, the rest of a sequence, down to which a chunk's gates are mild.
 
     Args:
-      kept: [B, G, N, M] float32, the product of each chunk's gates.
-      length: T, tokens of all chunks.
       dtype: of the factors: float16 holds exp(-8) to full precision, but not exp(-64).
     """
-    most = SIZE if dtype == jnp.bfloat16 else 8
-    tokens = np.minimum(length - SIZE * np.arange(kept.shape[2]), most)
-    blocks = kept.reshape(*kept.shape[:3], -1, SIZE).min(-1)
-    return (blocks >= jnp.exp(MILDEST_RATE * tokens.astype(np.float32))[:, None]).astype(jnp.int32)
+    return MILDEST_RATE * lax.min(tokens, SIZE if dtype == jnp.bfloat16 else 8).astype(jnp.float32)
 
 
 def num_parts(log_decay_dtype, dtype):

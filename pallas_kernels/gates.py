@@ -21,7 +21,7 @@ def chunk_gates(log_decay, write, dtype, interpret=None):
       parts [P, B, T, G, M] in `dtype`, whose sum is the log decay, clamped; P = `decays.num_parts`
       the write key at its chunk's end, w ⊙ prod(gates after the token), [B, T, G, M] in `dtype`
       the product of each chunk's gates, [B, G, N, M] in float32
-      which chunks' gates are mild, [B, G, N, M / 64], from `decays.are_mild`
+      which chunks' gates are mild, int32 [B, G, N, M / 64]
     """
     num_parts = decays.num_parts(log_decay.dtype, dtype)
     if num_parts == 2:
@@ -30,10 +30,14 @@ def chunk_gates(log_decay, write, dtype, interpret=None):
     num_chunks, num_blocks = pl.cdiv(length, SIZE), num_slots // SIZE
     operands = (log_decay,) if write is None else (log_decay, write)
 
-    def body(turn, pool, constants, arrived, kept, *refs):
-        wide, (log_decay_ref, *write_refs, parts_ref, key_ref, kept_ref) = refs[: num_parts - 1], refs[num_parts - 1 :]
+    def body(turn, pool, constants, arrived, kept, lowest, *refs):
+        wide, (log_decay_ref, *write_refs, parts_ref, key_ref, kept_ref, mild_ref) = (
+            refs[: num_parts - 1],
+            refs[num_parts - 1 :],
+        )
         b, gm, n = turn.chunk
-        g, slots = lax.div(gm, num_blocks), pl.ds(lax.rem(gm, num_blocks) * SIZE, SIZE)
+        g, m = lax.div(gm, num_blocks), lax.rem(gm, num_blocks)
+        slots = pl.ds(m * SIZE, SIZE)
         here = (b, pl.ds(n * SIZE, SIZE), g, slots)
         ones, key, write, *parts = (pool.at[i] for i in range(3 + num_parts))
         (given,) = wide or parts
@@ -51,25 +55,29 @@ def chunk_gates(log_decay, write, dtype, interpret=None):
             plgpu.copy_smem_to_gmem(part, parts_ref.at[(i, *here)])
         strength = tiles.load(write) if write_refs else decays.write_strength(log_decay)
         key[...] = (strength * decays.gates_product(constants.at[decays.AFTER], parts)).astype(dtype)
-        # A product with ones, since sums over the rows of a tile would go through memory that warpgroups share.
-        total = tiles.product(*((tiles.transposed(part), ones) for part in parts))
-        kept[...] = jnp.exp(total.max(axis=1))
+        # Products with ones, since sums over the rows of a tile would go through memory that warpgroups share.
+        kept[...] = jnp.exp(tiles.product(*((tiles.transposed(part), ones) for part in parts)).max(axis=1))
+        lowest[...] = tiles.product(*((ones, part) for part in parts)).min(axis=1)
         plgpu.commit_smem()
+        is_mild = lowest[0] >= decays.mildest(length - n * SIZE, dtype)
+        mild_ref[b, g, n, m] = is_mild.astype(jnp.int32)
         plgpu.copy_smem_to_gmem(key, key_ref.at[here])
         plgpu.copy_smem_to_gmem(kept, kept_ref.at[b, g, n, slots])
 
-    parts, key, kept = tiles.chunk_kernel(
+    parts, key, kept, mild = tiles.chunk_kernel(
         "chunk_gates",
         body,
         ((num_parts, *log_decay.shape), dtype),
         (log_decay.shape, dtype),
         ((batch_size, num_groups, num_chunks, num_slots), jnp.float32),
+        ((batch_size, num_groups, num_chunks, num_blocks), jnp.int32),
         shape=(batch_size, num_groups * num_blocks, num_chunks),
         dtype=dtype,
         tiles=3 + num_parts,
         constants=2,
-        floats=[(SIZE,), *[SQUARE] * (num_parts - 1)],
+        floats=[(SIZE,), (SIZE,), *[SQUARE] * (num_parts - 1)],
         arrivals={"all": 1 + (write is not None)},
+        warpgroups=4,
         interpret=interpret,
     )(decays.constant_tiles(dtype), *operands)
-    return parts, key, kept, decays.are_mild(kept, length, dtype)
+    return parts, key, kept, mild

@@ -61,13 +61,13 @@ def _memory_read(x, key, kept, initial, scores, reader, *, states, interpret):
     num_groups, width = x.shape[2:]
     num_chunks, dtype, per_head = kept.shape[2], x.dtype, num_heads // num_groups
     num_blocks, num_columns = num_slots // SIZE, width // SIZE
-    warpgroups = _warpgroups(batch_size * num_heads * num_columns, num_columns, num_blocks)
-    leaving = 1 + min(num_blocks, 2) * states
-    stages = _stages(warpgroups, num_blocks, leaving)
-    programs = batch_size * num_heads * num_columns // warpgroups
-    initial = states_of_segments(x, key, kept, initial, programs)
+    total = batch_size * num_heads * num_columns
+    initial = states_of_segments(x, key, kept, initial, pl.cdiv(total, 2))
     num_segments = initial.shape[2]
     segment = pl.cdiv(num_chunks, num_segments)
+    warpgroups = _warpgroups(total * num_segments, num_columns, num_blocks)
+    leaving = 1 + min(num_blocks, 2) * states
+    stages = _stages(warpgroups, num_blocks, leaving)
 
     def body(x_ref, key_ref, kept_ref, initial_ref, scores_ref, reader_ref, out_ref, last_ref, *states_refs):
         bh, d, s, warpgroup = (lax.axis_index(name) for name in ("bh", "d", "s", "warpgroup"))

@@ -92,6 +92,7 @@ def _segments(x, key, kept, initial, *, other=None, reverse=False, only_last=Fal
     segment = pl.cdiv(num_chunks, num_segments)
     num_blocks = width // block
     operands = (x, key, kept, initial) if other is None else (x, key, kept, initial, other)
+    leaving = 1 if other is None else 2  # copies of a step to memory
 
     def body(x_ref, key_ref, kept_ref, initial_ref, *refs):
         other_refs, outputs = refs[: len(operands) - 4], refs[len(operands) - 4 :]
@@ -125,10 +126,16 @@ def _segments(x, key, kept, initial, *, other=None, reverse=False, only_last=Fal
 
             def one_chunk(step, state):
                 slot, out, n = lax.rem(step, STAGES), lax.rem(step, 2), chunk(step)
+                plgpu.wait_smem_to_gmem(leaving, wait_read_only=True)
+
+                @pl.when((step > 0) & (step + STAGES - 1 < steps))
+                def _():
+                    request(step + STAGES - 1, lax.rem(step + STAGES - 1, STAGES))
+
                 if states_refs:
-                    plgpu.wait_smem_to_gmem(1, wait_read_only=True)
                     outs[out] = state.astype(outs.dtype)
                 plgpu.barrier_wait(arrived.at[slot])
+                kept = tiles.along_rows(plgpu.load(kepts.at[slot], layout=ROWS), block)
                 if other_refs:
                     dots[out] = (state * tiles.load(others.at[slot])).sum(axis=1)
                 plgpu.commit_smem()
@@ -136,19 +143,13 @@ def _segments(x, key, kept, initial, *, other=None, reverse=False, only_last=Fal
                     plgpu.copy_smem_to_gmem(outs.at[out], ref.at[b, h, n, rows, columns])
                 for ref in dots_refs:
                     plgpu.copy_smem_to_gmem(dots.at[out], ref.at[b, h, n, d, rows])
-                state *= tiles.along_rows(plgpu.load(kepts.at[slot], layout=ROWS), block)
+                state *= kept
 
                 def write(acc):
                     plgpu.wgmma(acc, tiles.transposed(keys.at[slot]), xs.at[slot])
                     plgpu.wgmma_wait(0)
 
-                state = pl.run_state(write)(plgpu.ACC.init(state))
-
-                @pl.when(step + STAGES < steps)
-                def _():
-                    request(step + STAGES, slot)
-
-                return state
+                return pl.run_state(write)(plgpu.ACC.init(state))
 
             for step in range(STAGES):
                 pl.when(step < steps)(functools.partial(request, step, step))
@@ -187,6 +188,7 @@ def _segments(x, key, kept, initial, *, other=None, reverse=False, only_last=Fal
         body,
         *outputs,
         grid={"bh": batch_size * num_heads, "s": num_segments, "m": num_slots // SIZE, "d": num_blocks},
+        auto_barriers=False,
         interpret=interpret,
     )(*operands)
     return (last,) if only_last else (others[0], last, *others[1:])

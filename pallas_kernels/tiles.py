@@ -19,7 +19,7 @@ SQUARE = (SIZE, SIZE)
 SHARED_MEMORY = 224 * 1024
 """bytes of tiles in a block, at most: an H100's 227 KiB, less barriers and scratch of reductions"""
 WARPGROUPS = 2
-"""in a block, at most: a thread then has 255 registers; with three, 168, and the kernels spill"""
+"""in a block, unless told: a thread then has 255 registers; with three, 168, and most kernels spill"""
 MULTIPROCESSORS = 132
 """of an H100 or H200: as many blocks run, one on each"""
 
@@ -122,7 +122,9 @@ class Turn(NamedTuple):
     is_last: jax.Array
 
 
-def chunk_kernel(name, body, *outputs, shape, dtype, tiles, constants, arrivals, floats=(), interpret=None):
+def chunk_kernel(
+    name, body, *outputs, shape, dtype, tiles, constants, arrivals, floats=(), warpgroups=WARPGROUPS, interpret=None
+):
     """A kernel whose every warpgroup does one chunk of one head after another.
 
     `body(turn, pool, constants, arrived, *refs)` does the chunk of a `Turn`, with scratch tiles [tiles, SIZE, SIZE] of
@@ -139,10 +141,12 @@ def chunk_kernel(name, body, *outputs, shape, dtype, tiles, constants, arrivals,
       shape: (batch size, number of heads, number of chunks).
       dtype: of the tiles.
       arrivals: name -> how many copies a barrier waits for, or (how many barriers there are of that name, the same).
+      warpgroups: in a block, at most.
     """
     total, (_, num_heads, num_chunks) = math.prod(shape), shape
     tile = math.prod(SQUARE) * jnp.dtype(dtype).itemsize
-    warpgroups = min(WARPGROUPS, (SHARED_MEMORY - constants * tile) // (tiles * tile))
+    own = tiles * tile + 4 * sum(map(math.prod, floats))
+    warpgroups = min(warpgroups, (SHARED_MEMORY - constants * tile) // own)
     blocks = min(MULTIPROCESSORS, pl.cdiv(total, warpgroups))
 
     def every_warpgroup(constants_ref, *refs):
