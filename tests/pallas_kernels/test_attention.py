@@ -44,8 +44,8 @@ def run(interpreted, monkeypatch):
         (slot_attention, Sizes(1, 101, 2, 1, 64, 128, 16), ("runs of -20 and -1000",), {}),
         (slot_attention, Sizes(1, 50, 3, 1, 128, 64, 64), ("-20 everywhere", "all kinds", "weak"), {"write": True}),
         (slot_attention, Sizes(1, 75, 2, 1, 64, 64, 100), ("all kinds", "weak"), {}),
-        (linear_attention, Sizes(1, 133, 4, 2, 128, 64, 0), ("one -1000", "all kinds"), {}),
-        (linear_attention, Sizes(2, 70, 1, 1, 64, 128, 0), ("one -inf",), {"scalar": True, "dtype": jnp.float16}),
+        (linear_attention, Sizes(2, 133, 1, 1, 128, 64, 0), ("one -1000", "all kinds"), {}),
+        (linear_attention, Sizes(1, 70, 4, 2, 64, 128, 0), ("one -inf",), {"scalar": True, "dtype": jnp.float16}),
     ],
     ids=["slots, write derived", "slots, write given", "many slots", "linear", "linear, one gate a head"],
 )
