@@ -14,7 +14,7 @@ STAGES = 3
 """chunks in flight"""
 SHORTEST_SEGMENT = 8
 """chunks in a segment, at least"""
-FEWEST_SEGMENTS = 4
+FEWEST_SEGMENTS = 5
 """with fewer, reading everything twice costs more than the shorter recurrence saves"""
 MOST_PROGRAMS = 2 * MULTIPROCESSORS
 """blocks that run at once; more segments would not help"""
