@@ -24,8 +24,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Whole runs first, the longest before all: one of them last would leave the other workers idle for minutes."""
-    for folder in ("tests/experiments", "tests/training", "tests/test_readme"):
+    """Whole runs first, then the kernels: one of these last would leave the other workers idle for minutes."""
+    for folder in ("tests/pallas_kernels", "tests/experiments", "tests/training", "tests/test_readme"):
         items.sort(key=lambda item: not item.nodeid.startswith(folder))
 
 
