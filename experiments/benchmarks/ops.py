@@ -13,9 +13,10 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -57,7 +58,7 @@ class Config:
     seconds: float = 0.2
     """How long a measurement lasts at least: that many calls go back to back."""
     out: Path | None = None
-    """JSON file to write, with a plot beside it."""
+    """JSON file to write, row by row, with a plot beside it at the end."""
 
     def __post_init__(self):
         check_numbers(self, "seconds")
@@ -80,13 +81,23 @@ def main(config: Config) -> dict[str, Any]:
     result["copy_bytes_per_second"] = copy_rate() if on_gpu else None
 
     implementations = config.implementations or (("scan",) if config.quick else ()) + ("chunked", "pallas")
+    names = implementations + (("cudnn",) if with_peers else ())
     console = Console(width=180)
-    with console.status("") as status:
-        for case, shape in cases.items():
-            for name in implementations + (("cudnn",) if with_peers else ()):
-                status.update(f"{case}, {name}")
-                times = time_cudnn(shape, config) if name == "cudnn" else time_op(shape, name, dtype, config)
-                result["rows"].append({"case": case, "by": name} | times)
+    with console.status("compiling") as status, ThreadPoolExecutor() as pool:
+        subjects = {
+            (case, name): subject(shape, name, dtype, config) for case, shape in cases.items() for name in names
+        }
+        compiled = {key: {of: pool.submit(compiled_pass, each, of) for of in PASSES} for key, each in subjects.items()}
+        wait(future for passes in compiled.values() for future in passes.values())  # which would slow what is timed
+        for (case, name), each in subjects.items():
+            status.update(f"{case}, {name}")
+            inputs = each.inputs()
+            times = {
+                of: time_pass(each, inputs, of, future.result(), config) for of, future in compiled[case, name].items()
+            }
+            result["rows"].append({"case": case, "by": name} | times)
+            if out:
+                output.write(out, result)
     console.print(as_table(result))
     console.print(*remarks(result), sep="\n", soft_wrap=True, highlight=False, markup=False)
     if out:
@@ -104,47 +115,69 @@ def measure_peers(cases: dict[str, Shape], config: Config) -> dict[str, Any] | N
         return json.loads(out.read_text()) if out.exists() else None
 
 
-def time_op(shape: Shape, implementation: str, dtype: str, config: Config) -> dict[str, Any]:
-    """The times of an implementation, and the bytes of its inputs and outputs."""
-    chunk_size = config.chunk_size if implementation == "chunked" else None
-    op = functools.partial(OPS[shape.op], implementation=implementation, chunk_size=chunk_size)
-    inputs = make_inputs(shape, jnp.dtype(dtype))
-    times = time_passes(lambda *inputs: op(*inputs)[0], inputs, config, REFUSALS)
+class Subject(NamedTuple):
+    """What is timed."""
+
+    function: Callable
+    """of q, k, v and maybe gates, to the output"""
+    inputs: Callable[[], tuple]
+    bytes: dict[str, int] | None
+    """of the inputs and outputs of each of `PASSES`"""
+    refusals: type | tuple[type, ...]
+    """what it raises for a case that it does not take"""
+
+
+def subject(shape: Shape, name: str, dtype: str, config: Config) -> Subject:
+    """An implementation of the op of `shape`, or "cudnn": cuDNN's causal attention, as JAX calls it, over the same
+    tokens at the same width."""
+    if name == "cudnn":
+        attention = functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn")
+        return Subject(attention, functools.partial(_attention_inputs, shape), None, Exception)
+    chunk_size = config.chunk_size if name == "chunked" else None
+    op = functools.partial(OPS[shape.op], implementation=name, chunk_size=chunk_size)
     itemsize = jnp.dtype(dtype).itemsize
-    times["forward"]["bytes"] = shape.forward_bytes(itemsize)
-    times["forward_backward"]["bytes"] = shape.forward_backward_bytes(itemsize)
-    return times
+    sizes = {"forward": shape.forward_bytes(itemsize), "forward_backward": shape.forward_backward_bytes(itemsize)}
+    inputs = functools.partial(make_inputs, shape, jnp.dtype(dtype))
+    return Subject(lambda *inputs: op(*inputs)[0], inputs, sizes, REFUSALS)
 
 
-def time_cudnn(shape: Shape, config: Config) -> dict[str, Any]:
-    """The times of cuDNN's causal attention, as JAX calls it, over the same tokens at the same width."""
-    attention = functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn")
+def _attention_inputs(shape):
     keys = jax.random.split(jax.random.key(0), 3)
-    inputs = tuple(jax.random.normal(key, shape.attention, jnp.bfloat16) for key in keys)
-    return time_passes(attention, inputs, config, Exception)
+    return tuple(jax.random.normal(key, shape.attention, jnp.bfloat16) for key in keys)
 
 
-def time_passes(function: Callable, inputs: tuple, config: Config, refusals) -> dict[str, dict[str, Any]]:
-    """Milliseconds and temporary memory, forward and with the gradients of all inputs, or what went wrong."""
-
-    def forward_backward(cotangent, *inputs):
-        out, pullback = jax.vjp(function, *inputs)
-        return out, pullback(cotangent)
-
-    v = inputs[2]
-    cotangent = jax.random.normal(jax.random.key(1), v.shape, v.dtype)  # the output has v's shape
-    return {
-        "forward": attempt(lambda: _time_call(function, inputs, config), refusals),
-        "forward_backward": attempt(lambda: _time_call(forward_backward, (cotangent, *inputs), config), refusals),
-    }
+def _forward_backward(function, cotangent, *inputs):
+    out, pullback = jax.vjp(function, *inputs)
+    return out, pullback(cotangent)
 
 
-def _time_call(function: Callable, inputs: tuple, config: Config) -> dict[str, float]:
-    compiled = jax.jit(function).lower(*inputs).compile()
-    seconds = time_calls(
-        lambda: compiled(*inputs), jax.block_until_ready, repeats=config.repeats, seconds=config.seconds
-    )
-    return {"ms": 1000 * seconds, "temp_mib": compiled.memory_analysis().temp_size_in_bytes / 2**20}
+PASSES = {"forward": lambda function, _, *inputs: function(*inputs), "forward_backward": _forward_backward}
+"""Of a function, its output's gradient and its inputs."""
+
+
+def compiled_pass(each: Subject, name: str) -> dict[str, Any]:
+    """{"run": one of `PASSES`, compiled}, or why it is not taken."""
+
+    def compile():
+        inputs = jax.eval_shape(each.inputs)
+        return {"run": jax.jit(functools.partial(PASSES[name], each.function)).lower(inputs[2], *inputs).compile()}
+
+    return attempt(compile, each.refusals)
+
+
+def time_pass(each: Subject, inputs: tuple, name: str, compiled: dict[str, Any], config: Config) -> dict[str, Any]:
+    """Milliseconds and temporary memory of one of `PASSES`, and the bytes of its inputs and outputs, or what went
+    wrong."""
+
+    def measure(run):
+        cotangent = jax.random.normal(jax.random.key(1), inputs[2].shape, inputs[2].dtype)  # the output has v's shape
+        seconds = time_calls(
+            lambda: run(cotangent, *inputs), jax.block_until_ready, repeats=config.repeats, seconds=config.seconds
+        )
+        return {"ms": 1000 * seconds, "temp_mib": run.memory_analysis().temp_size_in_bytes / 2**20}
+
+    times = attempt(lambda: measure(compiled["run"]), each.refusals) if "run" in compiled else compiled
+    return times | ({"bytes": each.bytes[name]} if each.bytes else {})
 
 
 if __name__ == "__main__":

@@ -8,9 +8,6 @@ import jax.numpy as jnp
 from gsa_jax.ops.arguments import forget_at_document_starts
 from pallas_kernels import linear_attention, slot_attention
 
-PROVEN_SLOTS = 64
-"""Slots M up to which the kernels have run on a GPU. For more, up to 128, only the interpreter has: one has to ask."""
-
 
 def slot_attention_misfit(q, k, v, log_decay, chunk_size):
     """Why these arguments can't go to the kernels, as a sentence that names the argument; None if they can."""

@@ -73,7 +73,7 @@ def gated_slot_attention(
         goes on from `initial_state`; the returned state belongs to the row's last document.
       implementation: "scan" (two `lax.scan`s over tokens, the definition), "chunked" (matrix products, any platform),
         "pallas" (kernels for Hopper GPUs: bfloat16 or float16, K and V multiples of 64, M at most 128) or None, the
-        fastest that fits (the kernels up to M = 64): for a single token `gated_slot_attention_step`.
+        fastest that fits: for a single token `gated_slot_attention_step`.
       chunk_size: tokens in a chunk of "chunked", a power of two; by default chosen for the platform. Changes speed
         and memory, not results.
 
@@ -92,8 +92,7 @@ def gated_slot_attention(
         out, state = gated_slot_attention_step(q, k, v, log_decay, state, write, scale=scale)
         return out[:, None], state
     misfit = pallas.slot_attention_misfit(q, k, v, log_decay, chunk_size)
-    unproven = log_decay.shape[-1] > pallas.PROVEN_SLOTS
-    implementation = select(implementation, _IMPLEMENTATIONS, misfit, pallas.spreads() or unproven)
+    implementation = select(implementation, _IMPLEMENTATIONS, misfit, pallas.spreads())
 
     dtype, num_groups = state_dtype(q, log_decay), k.shape[2]
     run, options = _IMPLEMENTATIONS[implementation], {"scale": scale, "initial_state": state}
