@@ -15,7 +15,7 @@ X, LEVELS, SCORES, QUERY, KEY, PARTS = 0, 2, 8, 9, 10, 11
 
 
 def linear_read_backward(d_out, q, k, v, parts, mild, states, d_states, d_kept, *, scale, out_dtype, interpret=None):
-    """Gradients of one chunk's read and writes in 64 channels of K, a block; `linear_read` says what is what.
+    """Gradients of one chunk's read and writes in 64 channels of K, a block; `linear_scores` says what is what.
 
         dS_ij = do_i·v_j
         dq_i = scale · (prod(a[first..i]) ⊙ H do_i  +  Σ_{j<=i} dS_ij k_j ⊙ D_ij)
@@ -25,7 +25,8 @@ def linear_read_backward(d_out, q, k, v, parts, mild, states, d_states, d_kept, 
     added up over time; `gates_backward` says how that is exact.
 
     Args:
-      d_out: [B, T, H, V]; q, k, v, parts, mild and states as for `linear_read`.
+      d_out: [B, T, H, V]; v: [B, T, G, V]; q, k, parts and mild as for `linear_scores`.
+      states: [B, G, N, K, V], as they enter the chunks.
       d_states: [B, H, N, K, V], gradient of the states that leave the chunks.
       d_kept: [B, H, N, K] float32, gradient of the sum of a chunk's log decays through the states between chunks.
       out_dtype: of the gradient of the log decays.
