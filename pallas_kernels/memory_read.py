@@ -136,12 +136,15 @@ def _memory_read(x, key, kept, initial, scores, reader, *, states, interpret):
                 store_transposed(leaving.at[0], out.astype(dtype))
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(leaving.at[0], out_ref.at[b, pl.ds(n * SIZE, SIZE), h, own])
-                plgpu.barrier_arrive(consumed.at[slot])
 
-                @pl.when((step + stages < steps) & (warpgroup == 0))
+                @pl.when(step + stages < steps)
                 def _():
-                    plgpu.barrier_wait(consumed.at[slot])
-                    request(step + stages, slot)
+                    plgpu.barrier_arrive(consumed.at[slot])
+
+                    @pl.when(warpgroup == 0)
+                    def _():
+                        plgpu.barrier_wait(consumed.at[slot])
+                        request(step + stages, slot)
 
                 return state
 
@@ -164,7 +167,7 @@ def _memory_read(x, key, kept, initial, scores, reader, *, states, interpret):
                 plgpu.copy_smem_to_gmem(full, last_ref.at[b, g, s, :, own])
                 plgpu.wait_smem_to_gmem(0)
 
-        # One after another, in the same shared memory.
+        # One after another, in the same shared memory: a scope begins when all warpgroups have left the one before.
         full = tiles.scratch((warpgroups, num_slots, SIZE))
         scoped = functools.partial(pl.run_scoped, collective_axes="warpgroup")
         state = scoped(initial_state, full, plgpu.Barrier(num_barriers=warpgroups))
