@@ -1,5 +1,6 @@
 """The projection every layer is made of: a bias-free matrix with named axes."""
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
@@ -28,25 +29,26 @@ def linear(in_size, out_size, axes, *, dtype, rngs, use_bias=False, float32_out=
 
 def _dot_general(x, kernel, _, **options):
     """What `nnx.Linear` asks of `lax.dot_general`: x [..., in] times kernel [in, out]."""
-    return _rows(x, lambda x: lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())), **options))
+    return _rows(x, kernel, lambda x: lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())), **options))
 
 
 def _float32_dot_general(x, kernel, _, **options):
     """The same without rounding the result."""
-    return _rows(x, lambda x: dot(x, kernel))
+    return _rows(x, kernel, lambda x: dot(x, kernel))
 
 
-def _rows(x, multiply):
+def _rows(x, kernel, multiply):
     """multiply(x) of rows [..., in], where a row that is alone gets one of zeros beside it, but on CPUs.
 
     A single row times a matrix of a few million numbers is to XLA for GPUs no product but a sum, whose terms it writes
-    to memory and reads again: three times the bytes of the matrix.
+    to memory and reads again: three times the bytes of the matrix. Results are float32 at first, all alike: XLA makes
+    one product of several with the same row.
     """
     if x.size != x.shape[-1]:
         return multiply(x)
 
     def multiply_pair(x):
         pair = jnp.pad(x.reshape(1, -1), ((0, 1), (0, 0)))
-        return multiply(pair)[:1].reshape(*x.shape[:-1], -1)
+        return dot(pair, kernel)[:1].reshape(*x.shape[:-1], -1).astype(jax.eval_shape(multiply, x).dtype)
 
     return lax.platform_dependent(x, cpu=multiply, default=multiply_pair)
