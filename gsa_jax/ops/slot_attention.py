@@ -146,12 +146,15 @@ def gated_slot_attention_step(q, k, v, log_decay, state, write=None, *, scale=1.
     if write is None:
         # Both in memory by one kernel, where XLA for GPUs would make two.
         log_decay, write = lax.optimization_barrier(jnp.stack([log_decay, write_strength(log_decay)]))
-    write = write.astype(dtype)
-    keys = scan.write(state.keys, log_decay, write, k.astype(dtype))
+    write, key, query = (x.astype(dtype) for x in (write, k, group_heads(q, num_groups)))
+    keys = scan.write(state.keys, log_decay, write, key)
     # The barrier has the new values in memory, where the read finds them: XLA for GPUs would compute them a second time
     # from the old ones, of which it first makes a copy.
     values = lax.optimization_barrier(scan.write(state.values, log_decay, write, v.astype(dtype)))
-    p = jax.nn.softmax(scale * scan.read_rows(keys, group_heads(q, num_groups).astype(dtype)), axis=-1)
+    # `keys` read from what it is made of: XLA for GPUs reads the old keys and writes the new ones in one kernel.
+    decay, write = jnp.exp(log_decay)[:, :, None], write[:, :, None]
+    logits = decay * scan.read_rows(state.keys, query) + write * scan.read_rows(key[:, :, None], query)
+    p = jax.nn.softmax(scale * logits, axis=-1)
     out = scan.read_columns(values, p).astype(v.dtype)
     return ungroup_heads(out), SlotState(keys, values)
 
