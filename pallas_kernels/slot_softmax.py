@@ -2,12 +2,10 @@
 
 import functools
 
-import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
-from jax import lax
 
-from pallas_kernels import columns, decays, slots, tiles
+from pallas_kernels import decays, slots, tiles
 from pallas_kernels.tiles import SIZE
 
 
@@ -31,97 +29,31 @@ def slot_softmax(q, k, parts, mild, write, keys, *, scale, num_slots, residuals=
       (S [B, T, H, 64] by the tokens of the chunk, prod(a) ⊙ p [B, T, H, M]), with `residuals` also (q·k for j <= i like
       S, prod(a) ⊙ Kmem q and p [B, T, H, M]).
     """
-    batch_size, length, num_heads, key_size = q.shape
-    per_head = num_heads // k.shape[2]
-    num_parts, dtype = parts.shape[0], q.dtype
-    padded_slots = keys.shape[3]
-    scratch = slots.scratch(padded_slots)
-    blocks = [block.slots for block in scratch.blocks]
 
-    def body(turn, pool, constants, arrived, q_ref, k_ref, keys_ref, levels_ref, mild_ref, parts_ref, *refs):
-        write_refs, refs = refs[: write is not None], refs[write is not None :]
-        value_scores_ref, reader_ref, *residual_refs = refs
-        b, h, n = turn.chunk
-        here = b, pl.ds(n * SIZE, SIZE), h
-        scores, leaving = pool.at[scratch.scores], slots.Leaving(scratch, pool)
-
-        def products(chunk):
-            b, h, n = chunk
-            g, tokens = lax.div(h, per_head), pl.ds(n * SIZE, SIZE)
-            arrays = [
-                lambda channels: q_ref.at[b, tokens, h, channels],
-                lambda channels: k_ref.at[b, tokens, g, channels],
-                *(lambda channels, block=block: keys_ref.at[b, g, n, block, channels] for block in blocks),
-            ]
-            pairs = [(0, 1 + i) for i in range(1 + len(blocks))]
-            return columns.inner_products(arrays, pairs, key_size, pool, slots.STAGES, arrived["step"])
-
-        def request_gates(chunk):
-            b, h, n = chunk
-            group = b, pl.ds(n * SIZE, SIZE), lax.div(h, per_head)
-            slots.request_gates(scratch, pool, parts_ref, write_refs, group, arrived)
-
-        start, finish = products(turn.chunk)
-        start_following, _ = products(turn.following)
-        early = {"last": slots.STAGES - 1}
-
-        @pl.when(turn.step == 0)
-        def _():
-            request_gates(turn.chunk)
-            start(**early)
-
-        start(first=slots.STAGES - 1)
-        chunk = b, lax.div(h, per_head), n
-        pairs = slots.pairs(
-            scratch, pool, num_parts, levels_ref, mild_ref, chunk, constants, arrived, derived=not write_refs
-        )
-        mild = pairs[0].mild
-
-        qk, *logits = finish()
-        pl.when(mild & ~turn.is_last)(lambda: start_following(**early))
+    def rest(chunk, value_scores_ref, reader_ref, *residual_refs):
+        here, pairs, scores, leaving = chunk.here, chunk.pairs, chunk.scores, chunk.leaving
+        qk, logits = chunk.products
         scores[...] = pairs[0].causal(qk)
         logits = [x * of_block.through for x, of_block in zip(logits, pairs, strict=True)]
         plgpu.commit_smem()
         if residual_refs:
             qk_ref, before_ref, p_ref = residual_refs
             plgpu.copy_smem_to_gmem(scores, qk_ref.at[here])
-            for block, x in zip(blocks, logits, strict=True):
-                leaving.save(x, before_ref.at[*here, block])
+            for block, x in zip(chunk.blocks, logits, strict=True):
+                leaving.save(x, before_ref.at[*here, block.slots])
         logits = [x + of_block.sums(scores) for x, of_block in zip(logits, pairs, strict=True)]
         p = softmax([decays.LOG2_E * scale * x for x in logits], num_slots)
         value_scores = sum(of_block.scores(x) for x, of_block in zip(p, pairs, strict=True))
         leaving.save(pairs[0].causal(value_scores), value_scores_ref.at[here])
-
-        @pl.when(~turn.is_last)
-        def _():
-            request_gates(turn.following)
-            pl.when(~mild)(lambda: start_following(**early))
-
-        for block, x, of_block in zip(blocks, p, pairs, strict=True):
-            leaving.save(x * of_block.through, reader_ref.at[*here, block])
+        chunk.gates_done()
+        for block, x, of_block in zip(chunk.blocks, p, pairs, strict=True):
+            leaving.save(x * of_block.through, reader_ref.at[*here, block.slots])
             if residual_refs:
-                leaving.save(x, p_ref.at[*here, block])
+                leaving.save(x, p_ref.at[*here, block.slots])
 
-    sizes = [SIZE, padded_slots] + [SIZE, padded_slots, padded_slots] * residuals
-    return tiles.chunk_kernel(
-        "slot_softmax",
-        body,
-        *[((batch_size, length, num_heads, size), dtype) for size in sizes],
-        shape=(batch_size, num_heads, keys.shape[2]),
-        dtype=dtype,
-        tiles=scratch.total,
-        constants=1,
-        arrivals={
-            "step": (slots.STAGES, 2 + len(blocks)),
-            **decays.Levels.ARRIVALS,
-            "gates": len(blocks) * (num_parts + (write is not None)),
-        },
-        interpret=interpret,
-    )(
-        decays.constant_tiles(dtype),
-        *(q, k, keys, decays.level_tiles(dtype), mild, parts),
-        *(() if write is None else (write,)),
-    )
+    padded = keys.shape[3]
+    outputs = [SIZE, padded] + [SIZE, padded, padded] * residuals
+    return slots.row_read("slot_softmax", rest, q, k, keys, parts, mild, write, outputs=outputs, interpret=interpret)
 
 
 def softmax(logits, num_slots):

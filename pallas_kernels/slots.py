@@ -1,14 +1,17 @@
-"""What the kernels that read Gated Slot Attention's memories share: slots in blocks of 64, their tiles and gates."""
+"""Reads of a memory by its rows, as in Gated Slot Attention's softmax: a kernel's frame, slots in blocks of 64."""
 
 import functools
 import itertools
 import operator
+from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
+from jax import lax
 
-from pallas_kernels import decays
+from pallas_kernels import columns, decays, tiles
 from pallas_kernels.tiles import SIZE
 
 STAGES = 3
@@ -26,8 +29,8 @@ class Block(NamedTuple):
     """the log decays"""
     rest: int
     """their second part, or what `decays.Pairs` leaves there"""
-    p: int
-    """the softmax, before the scores of the first block"""
+    beside: int
+    """what comes with the gates; the first block's is where the scores will be"""
 
 
 class Scratch(NamedTuple):
@@ -53,27 +56,132 @@ def scratch(num_slots):
     return Scratch(range(ring - in_stage, ring), scores, blocks, total)
 
 
-def request_gates(scratch, pool, parts_ref, write_refs, here, arrived):
-    """Asks for the log decays and, if there is a reference to them, the write strengths of `here`: (b, tokens, g)."""
-    for block in scratch.blocks:
-        for i in range(parts_ref.shape[0]):
-            plgpu.copy_gmem_to_smem(parts_ref.at[i, *here, block.slots], pool.at[block.parts + i], arrived["gates"])
-        for ref in write_refs:
-            plgpu.copy_gmem_to_smem(ref.at[*here, block.slots], pool.at[block.write], arrived["gates"])
+class Chunk(NamedTuple):
+    """What `row_read` hands on, of one chunk and head."""
+
+    here: tuple
+    """(b, tokens, h)"""
+    blocks: list[Block]
+    pairs: list[decays.Pairs]
+    """of every block"""
+    products: tuple[jax.Array, list[jax.Array]]
+    """x_i·y_j [64, 64] and, for every block, the states' rows times x_i [64, 64], float32 in registers"""
+    scores: jax.Ref
+    """a tile for the scores of the pairs"""
+    beside: list[jax.Ref]
+    """for every block the tile of `beside`, until `scores` is filled"""
+    leaving: "Leaving"
+    gates_done: Callable[[], None]
+    """to be called when scores and pairs are not needed any more, all threads having met since"""
 
 
-def pairs(scratch, pool, num_parts, levels_ref, mild_ref, chunk, constants, arrived, *, derived):
-    """`decays.Pairs` of every block, once what `request_gates` asked for has arrived; `chunk` is (b, g, n)."""
-    mild = functools.reduce(operator.and_, [mild_ref[*chunk, i] > 0 for i in range(len(scratch.blocks))])
-    plgpu.barrier_wait(arrived["gates"])
+def row_read(name, rest, x, y, states, parts, mild, write, *, outputs, beside=None, interpret=None):
+    """A kernel that multiplies, over all channels, a chunk's tokens with each other and with the state that enters.
 
-    def of_block(block):
-        parts = [pool.at[block.parts + i] for i in range(num_parts)]
-        levels = decays.Levels(levels_ref, parts, pool, 0 + mild_ref[*chunk, 0], arrived)
-        write, rest = pool.at[block.write], pool.at[block.rest]
-        return decays.Pairs(mild, levels, write, constants, derived=derived, rest=rest)
+    `rest(chunk, *output_refs)` does with a `Chunk` what else there is to do. The next chunk's tiles are asked for while
+    it does so: channels right away where gates are mild, as the levels of others need those tiles, gates in the end.
 
-    return list(map(of_block, scratch.blocks))
+    Args:
+      x: [B, T, H, D], two-byte; D is a multiple of 64.
+      y: [B, T, G, D].
+      states: [B, G, N, M, D], M a multiple of 64.
+      parts, mild: [P, B, T, G, M] and [B, G, N, M / 64], log decays from `gates.chunk_gates`.
+      write: [B, T, G, M] or None for 1 - exp(log decay).
+      outputs: their last axes, the others are [B, T, H].
+      beside: [B, T, H, M], which comes with the gates, or None.
+    """
+    batch_size, length, num_heads, width = x.shape
+    per_head = num_heads // y.shape[2]
+    num_parts, dtype = parts.shape[0], x.dtype
+    own = scratch(states.shape[3])
+    blocks = [block.slots for block in own.blocks]
+    optional = [write, beside]
+    early = {"last": STAGES - 1}
+
+    def body(turn, pool, constants, arrived, x_ref, y_ref, states_ref, levels_ref, mild_ref, parts_ref, *refs):
+        refs = list(refs)
+        write_refs, beside_refs = ([refs.pop(0)] if array is not None else [] for array in optional)
+
+        def products(chunk):
+            b, h, n = chunk
+            g, tokens = lax.div(h, per_head), pl.ds(n * SIZE, SIZE)
+            arrays = [
+                lambda channels: x_ref.at[b, tokens, h, channels],
+                lambda channels: y_ref.at[b, tokens, g, channels],
+                *(lambda channels, block=block: states_ref.at[b, g, n, block, channels] for block in blocks),
+            ]
+            pairs = [(0, 1 + i) for i in range(1 + len(blocks))]
+            return columns.inner_products(arrays, pairs, width, pool, STAGES, arrived["step"])
+
+        def request_gates(chunk):
+            b, h, n = chunk
+            g, tokens, barrier = lax.div(h, per_head), pl.ds(n * SIZE, SIZE), arrived["gates"]
+            for block in own.blocks:
+                for i in range(num_parts):
+                    part = parts_ref.at[i, b, tokens, g, block.slots]
+                    plgpu.copy_gmem_to_smem(part, pool.at[block.parts + i], barrier)
+                for ref in write_refs:
+                    plgpu.copy_gmem_to_smem(ref.at[b, tokens, g, block.slots], pool.at[block.write], barrier)
+                for ref in beside_refs:
+                    plgpu.copy_gmem_to_smem(ref.at[b, tokens, h, block.slots], pool.at[block.beside], barrier)
+
+        start, finish = products(turn.chunk)
+        start_following, _ = products(turn.following)
+
+        @pl.when(turn.step == 0)
+        def _():
+            request_gates(turn.chunk)
+            start(**early)
+
+        start(first=STAGES - 1)
+        b, h, n = turn.chunk
+        g = lax.div(h, per_head)
+        mild = functools.reduce(operator.and_, [mild_ref[b, g, n, i] > 0 for i in range(len(blocks))])
+        plgpu.barrier_wait(arrived["gates"])
+
+        def pairs(block):
+            parts = [pool.at[block.parts + i] for i in range(num_parts)]
+            levels = decays.Levels(levels_ref, parts, pool, 0 + mild_ref[b, g, n, 0], arrived)
+            write, rest = pool.at[block.write], pool.at[block.rest]
+            return decays.Pairs(mild, levels, write, constants, derived=not write_refs, rest=rest)
+
+        def gates_done():
+            @pl.when(~turn.is_last)
+            def _():
+                request_gates(turn.following)
+                pl.when(~mild)(lambda: start_following(**early))
+
+        of_blocks = list(map(pairs, own.blocks))
+        xy, *from_state = finish()
+        pl.when(mild & ~turn.is_last)(lambda: start_following(**early))
+        chunk = Chunk(
+            here=(b, pl.ds(n * SIZE, SIZE), h),
+            blocks=own.blocks,
+            pairs=of_blocks,
+            products=(xy, from_state),
+            scores=pool.at[own.scores],
+            beside=[pool.at[block.beside] for block in own.blocks],
+            leaving=Leaving(own, pool),
+            gates_done=gates_done,
+        )
+        rest(chunk, *refs)
+
+    given = [array for array in optional if array is not None]
+    return tiles.chunk_kernel(
+        name,
+        body,
+        *[((batch_size, length, num_heads, size), dtype) for size in outputs],
+        shape=(batch_size, num_heads, states.shape[2]),
+        dtype=dtype,
+        tiles=own.total,
+        constants=1,
+        arrivals={
+            "step": (STAGES, 2 + len(blocks)),
+            **decays.Levels.ARRIVALS,
+            "gates": len(blocks) * (num_parts + len(given)),
+        },
+        interpret=interpret,
+    )(decays.constant_tiles(dtype), x, y, states, decays.level_tiles(dtype), mild, parts, *given)
 
 
 class Leaving:
