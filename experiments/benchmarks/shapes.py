@@ -66,6 +66,9 @@ GPU_SHAPES = {
 }
 """Shapes of models of some billion parameters, for bfloat16: 32,768 tokens, those of the longest rows 131,072."""
 
+GROWTH_SHAPES = {f"gsa-2x{T // 1024}k": Shape("gsa", 2, T, 4, 512, 512, 64) for T in (2048, 4096, 8192, 16384)}
+"""Two rows of growing length: time and memory should grow with it and no faster."""
+
 CPU_SHAPES = {
     "gsa-cpu": Shape("gsa", 2, 2048, 4, 64, 64, 64),
     "gla-cpu": Shape("gla", 2, 2048, 4, 64, 64),
@@ -76,7 +79,7 @@ CPU_SHAPES = {
 """Shapes of models that learn on a CPU, in float32."""
 
 QUICK_SHAPES = {"gsa-cpu": CPU_SHAPES["gsa-cpu"]}
-SHAPES = GPU_SHAPES | CPU_SHAPES
+SHAPES = GPU_SHAPES | GROWTH_SHAPES | CPU_SHAPES
 
 
 def choose(names: Sequence[str]) -> dict[str, Shape]:
