@@ -66,7 +66,7 @@ def _memory_read(x, key, kept, initial, scores, reader, *, states, interpret):
     num_segments = initial.shape[2]
     segment = pl.cdiv(num_chunks, num_segments)
     warpgroups = _warpgroups(total * num_segments, num_columns, num_blocks)
-    leaving = 1 + min(num_blocks, 2) * states
+    leaving = min(num_blocks, 2) if states else 1  # tiles that results leave by
     stages = _stages(warpgroups, num_blocks, leaving)
 
     def body(x_ref, key_ref, kept_ref, initial_ref, scores_ref, reader_ref, out_ref, last_ref, *states_refs):
@@ -106,10 +106,10 @@ def _memory_read(x, key, kept, initial, scores, reader, *, states, interpret):
                 """Two blocks of slots."""
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 blocks = [pl.ds(row, SIZE) for row in range(first * SIZE, min(first + 2, num_blocks) * SIZE, SIZE)]
-                for i, block in enumerate(blocks, 1):
+                for i, block in enumerate(blocks):
                     store_transposed(leaving.at[i], state[:, block.start : block.start + SIZE])
                 plgpu.commit_smem()
-                for i, block in enumerate(blocks, 1):
+                for i, block in enumerate(blocks):
                     for ref in states_refs:
                         plgpu.copy_smem_to_gmem(leaving.at[i], ref.at[b, g, n, block, own])
 
