@@ -10,8 +10,10 @@ from pallas_kernels.tiles import SIZE
 
 STAGES = 2
 """steps of the loop over channels of V in flight, of four tiles each"""
-X, LEVELS, SCORES, QUERY, KEY, PARTS = 0, 2, 8, 9, 10, 11
-"""scratch tiles: two and six of those of the loop, once it is over, and those behind it"""
+LEVELS, EARLIER, X, Y, LATER = 0, 4, 5, 6, 7
+"""scratch tiles of the loop, once it is over; the first stage's are for the levels or already for the next turn"""
+SCORES, QUERY, KEY, PARTS = 8, 9, 10, 11
+"""those behind the loop's"""
 
 
 def linear_read_backward(d_out, q, k, v, parts, mild, states, d_states, d_kept, *, scale, out_dtype, interpret=None):
@@ -43,27 +45,30 @@ def linear_read_backward(d_out, q, k, v, parts, mild, states, d_states, d_kept, 
     def body(turn, pool, constants, arrived, kept, *refs):
         (d_out_ref, q_ref, k_ref, v_ref, states_ref, d_states_ref), refs = refs[:6], refs[6:]
         levels_ref, mild_ref, parts_ref, d_kept_ref, dq_ref, dk_ref, *d_log_decay_refs = refs
-        b, h, nm = turn.chunk
-        n, m = lax.div(nm, num_blocks), lax.rem(nm, num_blocks)
-        g, tokens, block = lax.div(h, num_heads // num_groups), pl.ds(n * SIZE, SIZE), pl.ds(m * SIZE, SIZE)
-        query, key, scores, x, y = (pool.at[i] for i in (QUERY, KEY, SCORES, X, X + 1))
-        parts, through = [pool.at[PARTS + i] for i in range(num_parts)], constants.at[decays.THROUGH]
-        levels = decays.Levels(levels_ref, parts, pool, LEVELS, arrived)
 
-        start, finish = columns.inner_products(
-            [
+        def split(chunk):
+            b, h, nm = chunk
+            n, m = lax.div(nm, num_blocks), lax.rem(nm, num_blocks)
+            return b, h, lax.div(h, num_heads // num_groups), n, m, pl.ds(n * SIZE, SIZE), pl.ds(m * SIZE, SIZE)
+
+        def products(chunk):
+            b, h, g, n, _, tokens, block = split(chunk)
+            arrays = [
                 lambda channels: d_out_ref.at[b, tokens, h, channels],
                 lambda channels: v_ref.at[b, tokens, g, channels],
                 lambda channels: states_ref.at[b, g, n, block, channels],
                 lambda channels: d_states_ref.at[b, h, n, block, channels],
-            ],
-            [(0, 1), (0, 2), (1, 3)],
-            value_size,
-            pool,
-            STAGES,
-            arrived["step"],
-        )
-        start()
+            ]
+            return columns.inner_products(arrays, [(0, 1), (0, 2), (1, 3)], value_size, pool, STAGES, arrived["step"])
+
+        b, h, g, n, m, tokens, block = split(turn.chunk)
+        query, key, scores, x, y = (pool.at[i] for i in (QUERY, KEY, SCORES, X, Y))
+        parts, through = [pool.at[PARTS + i] for i in range(num_parts)], constants.at[decays.THROUGH]
+        levels = decays.Levels(levels_ref, parts, pool, LEVELS, arrived)
+        start, finish = products(turn.chunk)
+        start_following, _ = products(turn.following)
+        pl.when(turn.step == 0)(lambda: start(last=1))
+        start(first=1)
         plgpu.copy_gmem_to_smem(q_ref.at[b, tokens, h, block], query, arrived["block"])
         plgpu.copy_gmem_to_smem(k_ref.at[b, tokens, g, block], key, arrived["block"])
         plgpu.copy_gmem_to_smem(d_kept_ref.at[b, h, n, block], kept, arrived["block"])
@@ -72,6 +77,7 @@ def linear_read_backward(d_out, q, k, v, parts, mild, states, d_states, d_kept, 
         mild = mild_ref[b, g, n, m] > 0
 
         d_scores, dq, dk = finish()
+        pl.when(mild & ~turn.is_last)(lambda: start_following(last=1))
         plgpu.barrier_wait(arrived["block"])
         scores[...] = decays.causal(scale * d_scores, through, dtype)
         dq *= scale * decays.gates_product(through, parts)
@@ -81,7 +87,7 @@ def linear_read_backward(d_out, q, k, v, parts, mild, states, d_states, d_kept, 
         plgpu.commit_smem()
         d_log_decay = tiles.product((tiles.transposed(through), x), (tiles.transposed(constants.at[decays.AFTER]), y))
         gradients = d_log_decay, dq, dk
-        work = [pool.at[LEVELS + i] for i in range(4)]
+        work = [pool.at[i] for i in (LATER, EARLIER, X, Y)]
         d_log_decay, dq, dk = lax.cond(
             mild,
             lambda: of_pairs(query, key, scores, parts, through, work, gradients),
@@ -95,6 +101,7 @@ def linear_read_backward(d_out, q, k, v, parts, mild, states, d_states, d_kept, 
             plgpu.copy_smem_to_gmem(tile, ref.at[b, tokens, h, block])
 
         leave(query, dq, dq_ref)
+        pl.when(~mild & ~turn.is_last)(lambda: start_following(last=1))
         leave(key, dk, dk_ref)
         for tile, ref in zip((x, y), d_log_decay_refs, strict=False):
             leave(tile, d_log_decay, ref)
