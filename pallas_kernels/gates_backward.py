@@ -84,14 +84,10 @@ def gates_backward(reads, parts, mild, write, d_key, d_kept, *, out_dtype, inter
         if not given:
             d_log_decay -= jnp.exp(decays.log_decay(parts)) * d_write
         for i, ref in enumerate(d_log_decay_refs):
-            pool[i] = d_log_decay.astype(dtype)
+            tiles.leave(d_log_decay, pool.at[i], ref.at[b, tokens, h, slots])
             d_log_decay -= d_log_decay.astype(dtype).astype(jnp.float32)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(pool.at[i], ref.at[b, tokens, h, slots])
         for ref in d_write_refs:
-            pool[WORK] = d_write.astype(dtype)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(pool.at[WORK], ref.at[b, tokens, h, slots])
+            tiles.leave(d_write, pool.at[WORK], ref.at[b, tokens, h, slots])
 
     outputs = tiles.chunk_kernel(
         "gates_backward",

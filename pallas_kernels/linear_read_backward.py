@@ -95,16 +95,12 @@ def linear_read_backward(d_out, q, k, v, parts, mild, states, d_states, d_kept, 
         )
         d_log_decay += tiles.along_columns(plgpu.load(kept, layout=tiles.COLUMNS))
 
-        def leave(tile, result, ref):
-            tile[...] = result.astype(dtype)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(tile, ref.at[b, tokens, h, block])
-
-        leave(query, dq, dq_ref)
+        here = b, tokens, h, block
+        tiles.leave(dq, query, dq_ref.at[here])
         pl.when(~mild & ~turn.is_last)(lambda: start_following(last=1))
-        leave(key, dk, dk_ref)
+        tiles.leave(dk, key, dk_ref.at[here])
         for tile, ref in zip((x, y), d_log_decay_refs, strict=False):
-            leave(tile, d_log_decay, ref)
+            tiles.leave(d_log_decay, tile, ref.at[here])
             d_log_decay -= d_log_decay.astype(dtype).astype(jnp.float32)
 
     per_token = (batch_size, length, num_heads, key_size)

@@ -61,9 +61,7 @@ def linear_scores(q, k, parts, mild, *, scale, interpret=None):
 
         def leave(tile, x, ref):
             plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-            tile[...] = x.astype(dtype)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(tile, ref)
+            tiles.leave(x, tile, ref)
 
         def one_block(block, scores):
             query, key, parts, barrier = tiles_of(first + block)

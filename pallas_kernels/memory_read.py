@@ -194,7 +194,6 @@ def _memory_read(x, key, kept, initial, scores, reader, *, states, interpret):
         grid={"bh": batch_size * num_heads, "s": num_segments, "d": num_columns // warpgroups},
         num_threads=warpgroups,
         thread_name="warpgroup",
-        auto_barriers=False,
         interpret=interpret,
     )(x, key, kept, initial, scores, reader)
     return out, last[:, :, -1], *states

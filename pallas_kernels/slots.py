@@ -195,9 +195,7 @@ class Leaving:
         """Stores x, from registers."""
         tile = next(self.tiles)
         plgpu.wait_smem_to_gmem(self.others, wait_read_only=True)
-        tile[...] = x.astype(tile.dtype)
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(tile, ref)
+        tiles.leave(x, tile, ref)
 
 
 def ranges(num_slots):

@@ -158,9 +158,7 @@ def _segments(x, key, kept, initial, *, other=None, reverse=False, only_last=Fal
             return state
 
         def last_state(state, full):
-            full[...] = state
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(full, last_ref.at[b, h, s, rows, columns])
+            tiles.leave(state, full, last_ref.at[b, h, s, rows, columns])
             plgpu.wait_smem_to_gmem(0)
 
         # One after another, in the same shared memory.
@@ -188,7 +186,6 @@ def _segments(x, key, kept, initial, *, other=None, reverse=False, only_last=Fal
         body,
         *outputs,
         grid={"bh": batch_size * num_heads, "s": num_segments, "m": num_slots // SIZE, "d": num_blocks},
-        auto_barriers=False,
         interpret=interpret,
     )(*operands)
     return (last,) if only_last else (others[0], last, *others[1:])

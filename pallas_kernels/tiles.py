@@ -42,6 +42,13 @@ def load(ref, dtype=jnp.float32):
     return plgpu.load(ref, layout=REGISTERS).astype(dtype)
 
 
+def leave(x, tile, ref):
+    """From registers to a tile of shared memory, and on to `ref` in memory; it is under way when this returns."""
+    tile[...] = x.astype(tile.dtype)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(tile, ref)
+
+
 def transposed(ref):
     return ref.transpose((1, 0))
 
@@ -88,8 +95,13 @@ def vary_alike(*arrays):
     ]
 
 
-def kernel(name, body, *outputs, grid, interpret=None, auto_barriers=True, **threads):
-    """`plgpu.kernel` over a grid given as a dictionary, slowest axis first; outputs as (shape, dtype)."""
+def kernel(name, body, *outputs, grid, interpret=None, **threads):
+    """`plgpu.kernel` over a grid given as a dictionary, slowest axis first; outputs as (shape, dtype).
+
+    Mosaic would put a barrier before and after every store and before every copy; here the body has them, three times
+    fewer. `plgpu.commit_smem` and `plgpu.wait_smem_to_gmem` are such: all threads of the warpgroup have come there. One
+    has to lie between a product that reads a tile of shared memory and the store or the copy that overwrites it.
+    """
     body.__name__ = name  # as profiles show it
 
     def call(*operands):
@@ -100,7 +112,7 @@ def kernel(name, body, *outputs, grid, interpret=None, auto_barriers=True, **thr
             grid=tuple(grid.values()),
             grid_names=tuple(grid),
             compiler_params=plgpu.CompilerParams(
-                approx_math=True, reduction_scratch_bytes=1024, unsafe_no_auto_barriers=not auto_barriers
+                approx_math=True, reduction_scratch_bytes=1024, unsafe_no_auto_barriers=True
             ),
             interpret=interpret,
             **threads,
@@ -131,10 +143,6 @@ def chunk_kernel(
     its own, constant tiles [constants, SIZE, SIZE] that all share, and its barriers by name. Then come float32 scratch
     arrays of its own, of the shapes `floats`, and the references to operands and outputs. The first operand is the
     array whose first tiles are the constant ones.
-
-    Mosaic would put a barrier before and after every store and before every copy; here the body has them, three times
-    fewer. `plgpu.commit_smem` and `plgpu.wait_smem_to_gmem` are such: all threads of the warpgroup have come there. One
-    has to lie between a product that reads a tile of shared memory and the store or the copy that overwrites it.
 
     Args:
       outputs: (shape, dtype) each.
@@ -201,7 +209,6 @@ def chunk_kernel(
         grid={"block": blocks},
         num_threads=warpgroups,
         thread_name="warpgroup",
-        auto_barriers=False,
         interpret=interpret,
     )
 

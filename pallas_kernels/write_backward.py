@@ -61,12 +61,6 @@ def write_backward(memories, key, interpret=None):
                 there = step + STAGES - num_steps[index]
                 pl.when(~here & (there < num_steps[index + 1]))(lambda: request(index + 1, there, slot))
 
-        def leave(result, parity, ref):
-            tile = pool.at[OUT + parity]
-            tile[...] = result.astype(dtype)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(tile, ref)
-
         for i, block in enumerate(blocks):
             plgpu.copy_gmem_to_smem(key_ref.at[b, tokens, g, block], pool.at[KEY + i], arrived["key"])
         for index, (_, _, scores_ref, _) in enumerate(memory_refs):
@@ -85,7 +79,8 @@ def write_backward(memories, key, interpret=None):
             dx = tiles.product((tiles.transposed(pool.at[SCORES + index]), y), *through_state)
             plgpu.wait_smem_to_gmem(1, wait_read_only=True)
             request_later(index, step, slot)
-            leave(dx, lax.rem(number, 2), dx_refs[index].at[b, tokens, h, pl.ds(step * SIZE, SIZE)])
+            out = dx_refs[index].at[b, tokens, h, pl.ds(step * SIZE, SIZE)]
+            tiles.leave(dx, pool.at[OUT + lax.rem(number, 2)], out)
 
         def accumulate(*d_key):
             plgpu.barrier_wait(arrived["key"])
@@ -97,7 +92,7 @@ def write_backward(memories, key, interpret=None):
         d_key = pl.run_scoped(accumulate, *[plgpu.ACC(SQUARE, jnp.float32)] * len(blocks))
         for number, (block, rows) in enumerate(zip(blocks, d_key, strict=True), sum(num_steps)):
             plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-            leave(rows, number % 2, d_key_ref.at[b, tokens, h, block])
+            tiles.leave(rows, pool.at[OUT + number % 2], d_key_ref.at[b, tokens, h, block])
 
     first_steps = [(index, step) for index, steps in enumerate(num_steps) for step in range(steps)][:STAGES]
     return tiles.chunk_kernel(
