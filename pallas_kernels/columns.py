@@ -1,8 +1,7 @@
 """Products of arrays in memory that are wider than a tile, 64 channels at a time.
 
-Both functions work in a ring of tiles in shared memory, the first ones of a pool, and return two functions: `start`
-asks for the first channels, `finish` does the rest, so that other work can go in between. The steps are loops: unrolled
-they would be long code, which has to be fetched anew for every chunk.
+Both functions work in a ring of tiles in shared memory, the first ones of a pool. The steps are loops: unrolled they
+would be long code, which has to be fetched anew for every chunk.
 """
 
 import jax.experimental.pallas as pl
@@ -10,7 +9,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.tiles import SIZE, SQUARE, transposed
+from pallas_kernels.tiles import SIZE, SQUARE, leave, transposed
 
 
 def _channels(step):
@@ -19,6 +18,8 @@ def _channels(step):
 
 def inner_products(arrays, pairs, width, pool, stages, arrived):
     """Σ_c x_ic y_jc over all channels c, float32 in registers, for each pair (x, y).
+
+    In two functions, so that other work can go in between.
 
     Args:
       arrays: functions that give the reference to some channels of an array, [64, 64] each.
@@ -29,7 +30,8 @@ def inner_products(arrays, pairs, width, pool, stages, arrived):
       arrived: gives one barrier for a number below `stages`, for len(arrays) copies.
 
     Returns:
-      (start, finish); start takes from which to which stage to ask for, all unless told.
+      (start, finish): one asks for the first channels, from which to which stage it takes, all unless told; the other
+      does the rest.
     """
     num_steps = width // SIZE
 
@@ -63,28 +65,43 @@ def inner_products(arrays, pairs, width, pool, stages, arrived):
     return start, finish
 
 
-def add_products(tiles, arrays, out, width, pool, ring, leaving, arrived):
+def over_turns(turn, products, early):
+    """The `inner_products` of a `Turn`, of whose first channels the turn before may have asked for some.
+
+    Args:
+      products: a function from a chunk to its `inner_products`.
+      early: stages that the turn before asks for.
+
+    Returns:
+      (finish, follow): `follow(where)` asks for those of the following turn, if there is one, where that is true. It is
+      to be called once the tiles of these stages are free.
+    """
+    start, finish = products(turn.chunk)
+    start_following, _ = products(turn.following)
+    pl.when(turn.step == 0)(lambda: start(last=early))
+    start(first=early)
+
+    def follow(where):
+        pl.when(where & ~turn.is_last)(lambda: start_following(last=early))
+
+    return finish, follow
+
+
+def add_products(tiles, arrays, out, width, pool, ring, arrived):
     """out = Σ tiles[i] @ arrays[i], from float32 sums.
 
     Args:
       tiles: [64, 64] each, in shared memory.
       arrays, width: as for `inner_products`.
       out: such a function for the result.
-      pool: tiles of shared memory.
-      ring: (first, number) of those for what is in flight, at least two.
-      leaving: (first, number) of those that results leave by.
+      pool: tiles of shared memory: the first `ring`, at least two, for what is in flight, the next for results.
       arrived: gives one barrier for each number in the ring, for one copy.
-
-    Returns:
-      (start, finish); start takes from which to which tile of the ring to ask for, all unless told.
     """
-    (first_tile, ring), (first_leaving, leaving) = ring, leaving
     num_steps = width // SIZE
-    total = num_steps * len(tiles)
     at_once = ring >= 2 * len(tiles)  # the tiles of the next steps are asked for together: fewer barriers
 
     def request(step, i, slot):
-        plgpu.copy_gmem_to_smem(arrays[i](_channels(step)), pool.at[first_tile + slot], arrived(slot))
+        plgpu.copy_gmem_to_smem(arrays[i](_channels(step)), pool.at[slot], arrived(slot))
 
     def request_later(step, i):
         """The tile that comes `ring` tiles after tile i of a step."""
@@ -92,16 +109,12 @@ def add_products(tiles, arrays, out, width, pool, ring, leaving, arrived):
         slot = lax.rem(step * len(tiles) + i, ring)
         pl.when(step + steps < num_steps)(lambda: request(step + steps, later, slot))
 
-    def start(first=0, last=ring):
-        for number in range(first, min(last, total)):
-            request(*divmod(number, len(tiles)), number)
-
     def one_step(step, _):
         def accumulate(acc):
             for i, tile in enumerate(tiles):
                 slot = lax.rem(step * len(tiles) + i, ring)
                 plgpu.barrier_wait(arrived(slot))
-                plgpu.wgmma(acc, tile, pool.at[first_tile + slot])
+                plgpu.wgmma(acc, tile, pool.at[slot])
                 if i and not at_once:
                     plgpu.wgmma_wait(1)
                     plgpu.commit_smem()
@@ -109,15 +122,11 @@ def add_products(tiles, arrays, out, width, pool, ring, leaving, arrived):
             return acc[...]
 
         result = pl.run_scoped(accumulate, plgpu.ACC(SQUARE, jnp.float32))
-        tile = pool.at[first_leaving + lax.rem(step, leaving)]
-        plgpu.wait_smem_to_gmem(leaving - 1, wait_read_only=True)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         for i in range(0 if at_once else len(tiles) - 1, len(tiles)):
             request_later(step, i)
-        tile[...] = result.astype(tile.dtype)
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(tile, out(_channels(step)))
+        leave(result, pool.at[ring], out(_channels(step)))
 
-    def finish():
-        lax.fori_loop(0, num_steps, one_step, None)
-
-    return start, finish
+    for number in range(min(ring, num_steps * len(tiles))):
+        request(*divmod(number, len(tiles)), number)
+    lax.fori_loop(0, num_steps, one_step, None)

@@ -65,10 +65,7 @@ def linear_read_backward(d_out, q, k, v, parts, mild, states, d_states, d_kept, 
         query, key, scores, x, y = (pool.at[i] for i in (QUERY, KEY, SCORES, X, Y))
         parts, through = [pool.at[PARTS + i] for i in range(num_parts)], constants.at[decays.THROUGH]
         levels = decays.Levels(levels_ref, parts, pool, LEVELS, arrived)
-        start, finish = products(turn.chunk)
-        start_following, _ = products(turn.following)
-        pl.when(turn.step == 0)(lambda: start(last=1))
-        start(first=1)
+        finish, follow = columns.over_turns(turn, products, early=1)
         plgpu.copy_gmem_to_smem(q_ref.at[b, tokens, h, block], query, arrived["block"])
         plgpu.copy_gmem_to_smem(k_ref.at[b, tokens, g, block], key, arrived["block"])
         plgpu.copy_gmem_to_smem(d_kept_ref.at[b, h, n, block], kept, arrived["block"])
@@ -77,7 +74,7 @@ def linear_read_backward(d_out, q, k, v, parts, mild, states, d_states, d_kept, 
         mild = mild_ref[b, g, n, m] > 0
 
         d_scores, dq, dk = finish()
-        pl.when(mild & ~turn.is_last)(lambda: start_following(last=1))
+        follow(mild)
         plgpu.barrier_wait(arrived["block"])
         scores[...] = decays.causal(scale * d_scores, through, dtype)
         dq *= scale * decays.gates_product(through, parts)
@@ -97,7 +94,7 @@ def linear_read_backward(d_out, q, k, v, parts, mild, states, d_states, d_kept, 
 
         here = b, tokens, h, block
         tiles.leave(dq, query, dq_ref.at[here])
-        pl.when(~mild & ~turn.is_last)(lambda: start_following(last=1))
+        follow(~mild)
         tiles.leave(dk, key, dk_ref.at[here])
         for tile, ref in zip((x, y), d_log_decay_refs, strict=False):
             tiles.leave(d_log_decay, tile, ref.at[here])

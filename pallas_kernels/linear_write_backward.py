@@ -38,18 +38,15 @@ def linear_write_backward(d_out, scores, key, d_states, interpret=None):
         def rows_of_state(block):
             return lambda channels: d_states_ref.at[b, h, n, block, channels]
 
-        start, finish = columns.add_products(
+        columns.add_products(
             [tiles.transposed(left[0]), *left[1:]],
             [lambda channels: d_out_ref.at[b, tokens, h, channels], *map(rows_of_state, blocks)],
             lambda channels: dv_ref.at[b, tokens, h, channels],
             value_size,
             pool,
-            (0, OUT),
-            (OUT, 1),
+            OUT,
             arrived["values"],
         )
-        start()
-        finish()
 
     (dv,) = tiles.chunk_kernel(
         "linear_write_backward",

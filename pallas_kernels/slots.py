@@ -96,7 +96,6 @@ def row_read(name, rest, x, y, states, parts, mild, write, *, outputs, beside=No
     own = scratch(states.shape[3])
     blocks = [block.slots for block in own.blocks]
     optional = [write, beside]
-    early = {"last": STAGES - 1}
 
     def body(turn, pool, constants, arrived, x_ref, y_ref, states_ref, levels_ref, mild_ref, parts_ref, *refs):
         refs = list(refs)
@@ -125,15 +124,8 @@ def row_read(name, rest, x, y, states, parts, mild, write, *, outputs, beside=No
                 for ref in beside_refs:
                     plgpu.copy_gmem_to_smem(ref.at[b, tokens, h, block.slots], pool.at[block.beside], barrier)
 
-        start, finish = products(turn.chunk)
-        start_following, _ = products(turn.following)
-
-        @pl.when(turn.step == 0)
-        def _():
-            request_gates(turn.chunk)
-            start(**early)
-
-        start(first=STAGES - 1)
+        pl.when(turn.step == 0)(lambda: request_gates(turn.chunk))
+        finish, follow = columns.over_turns(turn, products, early=STAGES - 1)
         b, h, n = turn.chunk
         g = lax.div(h, per_head)
         mild = functools.reduce(operator.and_, [mild_ref[b, g, n, i] > 0 for i in range(len(blocks))])
@@ -146,14 +138,12 @@ def row_read(name, rest, x, y, states, parts, mild, write, *, outputs, beside=No
             return decays.Pairs(mild, levels, write, constants, derived=not write_refs, rest=rest)
 
         def gates_done():
-            @pl.when(~turn.is_last)
-            def _():
-                request_gates(turn.following)
-                pl.when(~mild)(lambda: start_following(**early))
+            pl.when(~turn.is_last)(lambda: request_gates(turn.following))
+            follow(~mild)
 
         of_blocks = list(map(pairs, own.blocks))
         xy, *from_state = finish()
-        pl.when(mild & ~turn.is_last)(lambda: start_following(**early))
+        follow(mild)
         chunk = Chunk(
             here=(b, pl.ds(n * SIZE, SIZE), h),
             blocks=own.blocks,
