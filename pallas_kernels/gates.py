@@ -31,10 +31,8 @@ def chunk_gates(log_decay, write, dtype, interpret=None):
     operands = (log_decay,) if write is None else (log_decay, write)
 
     def body(turn, pool, constants, arrived, kept, lowest, *refs):
-        wide, (log_decay_ref, *write_refs, parts_ref, key_ref, kept_ref, mild_ref) = (
-            refs[: num_parts - 1],
-            refs[num_parts - 1 :],
-        )
+        wide, refs = refs[: num_parts - 1], refs[num_parts - 1 :]
+        log_decay_ref, *write_refs, parts_ref, key_ref, kept_ref, mild_ref = refs
         b, gm, n = turn.chunk
         g, m = lax.div(gm, num_blocks), lax.rem(gm, num_blocks)
         slots = pl.ds(m * SIZE, SIZE)

@@ -62,14 +62,14 @@ def _memory_read(x, key, kept, initial, scores, reader, *, states, interpret):
     num_chunks, dtype, per_head = kept.shape[2], x.dtype, num_heads // num_groups
     num_blocks, num_columns = num_slots // SIZE, width // SIZE
     total = batch_size * num_heads * num_columns
-    initial = states_of_segments(x, key, kept, initial, pl.cdiv(total, 2))
+    initial = states_of_segments(x, key, kept, initial, pl.cdiv(total, 2))  # which counts programs of 128 channels
     num_segments = initial.shape[2]
     segment = pl.cdiv(num_chunks, num_segments)
     warpgroups = _warpgroups(total * num_segments, num_columns, num_blocks)
     leaving = min(num_blocks, 2) if states else 1  # tiles that results leave by
     stages = _stages(warpgroups, num_blocks, leaving)
 
-    def body(x_ref, key_ref, kept_ref, initial_ref, scores_ref, reader_ref, out_ref, last_ref, *states_refs):
+    def body(x_ref, key_ref, kept_ref, initial_ref, scores_ref, reader_ref, out_ref, last_ref, states_ref=None):
         bh, d, s, warpgroup = (lax.axis_index(name) for name in ("bh", "d", "s", "warpgroup"))
         b, h = lax.div(bh, num_heads), lax.rem(bh, num_heads)
         g, first = lax.div(h, per_head), s * segment
@@ -103,22 +103,21 @@ def _memory_read(x, key, kept, initial, scores, reader, *, states, interpret):
                 plgpu.copy_gmem_to_smem(kept_ref.at[b, g, n], kepts.at[slot], barrier)
 
             def save_state(n, state, first):
-                """Two blocks of slots."""
+                """Two blocks of slots, as many as there are tiles to leave by."""
+                blocks = range(first, min(first + 2, num_blocks))
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                blocks = [pl.ds(row, SIZE) for row in range(first * SIZE, min(first + 2, num_blocks) * SIZE, SIZE)]
-                for i, block in enumerate(blocks):
-                    store_transposed(leaving.at[i], state[:, block.start : block.start + SIZE])
+                for block in blocks:
+                    store_transposed(leaving.at[block - first], state[:, block * SIZE : (block + 1) * SIZE])
                 plgpu.commit_smem()
-                for i, block in enumerate(blocks):
-                    for ref in states_refs:
-                        plgpu.copy_smem_to_gmem(leaving.at[i], ref.at[b, g, n, block, own])
+                for block in blocks:
+                    rows = pl.ds(block * SIZE, SIZE)
+                    plgpu.copy_smem_to_gmem(leaving.at[block - first], states_ref.at[b, g, n, rows, own])
 
             def one_chunk(step, state):
                 slot, n = lax.rem(step, stages), first + step
                 two_byte = state.astype(dtype)
-                early, *later = [functools.partial(save_state, n, two_byte, i) for i in range(0, num_blocks, 2)]
-                if states_refs:
-                    pl.when(of_group)(early)
+                if states:
+                    pl.when(of_group)(lambda: save_state(n, two_byte, 0))
                 plgpu.barrier_wait(arrived.at[slot])
                 written = transposed(xs.at[slot, warpgroup])
 
@@ -127,9 +126,8 @@ def _memory_read(x, key, kept, initial, scores, reader, *, states, interpret):
                     plgpu.wgmma_wait(0)
 
                 out = tiles.product((two_byte, transposed(readers.at[slot])), (written, transposed(scores.at[slot])))
-                if states_refs:
-                    for save in later:
-                        pl.when(of_group)(save)
+                if states and num_blocks > 2:  # by the same tiles, whose copies had the time of the products
+                    pl.when(of_group)(lambda: save_state(n, two_byte, 2))
                 state *= tiles.along_columns(plgpu.load(kepts.at[slot], layout=COLUMNS))
                 state = pl.run_state(write)(plgpu.ACC.init(state))
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -187,7 +185,7 @@ def _memory_read(x, key, kept, initial, scores, reader, *, states, interpret):
     outputs = [((batch_size, length, num_heads, width), dtype), (initial.shape, jnp.float32)]
     if states:
         outputs.append(((batch_size, num_groups, num_chunks, num_slots, width), dtype))
-    out, last, *states = tiles.kernel(
+    out, last, *saved = tiles.kernel(
         "memory_read",
         body,
         *outputs,
@@ -196,7 +194,7 @@ def _memory_read(x, key, kept, initial, scores, reader, *, states, interpret):
         thread_name="warpgroup",
         interpret=interpret,
     )(x, key, kept, initial, scores, reader)
-    return out, last[:, :, -1], *states
+    return out, last[:, :, -1], *saved
 
 
 def store_transposed(tile, x):
