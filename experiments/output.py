@@ -31,11 +31,16 @@ def settings(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config), default=str))
 
 
-def write(file: Path, result: dict[str, Any], figure: Figure | None = None) -> None:
+def write(file: Path, result: dict[str, Any], figure: Figure | None = None, allow_nan: bool = True) -> None:
     """Puts the result into `file` in one go, so that a script that is stopped leaves no half of it, and the figure
-    beside it."""
+    beside it.
+
+    Raises:
+      ValueError: a number is not finite, unless `allow_nan`.
+    """
+    text = json.dumps(result, indent=2, allow_nan=allow_nan)
     partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps(result, indent=2) + "\n")
+    partial.write_text(text + "\n")
     partial.replace(file)
     if figure:
         figure.savefig(file.with_suffix(".png"), dpi=150)

@@ -41,7 +41,7 @@ def write_results(out: Path, results: dict[str, Any]) -> None:
     """Writes `results` with its `runs` into results.json of that folder, the best runs by name, and accuracy.png."""
     fields = ("mixer", "hidden_size", "learning_rate", "accuracy", "ended", "steps", "seconds")
     best = [{name: run[name] for name in fields} for run in best_runs(results["runs"])]
-    output.write(out / "results.json", {**results, "best": best})
+    output.write(out / "results.json", {**results, "best": best}, allow_nan=False)
     plot(results).savefig(out / "accuracy.png", dpi=150)
 
 
