@@ -87,14 +87,13 @@ def main(config: Config) -> dict[str, Any]:
         subjects = {
             (case, name): subject(shape, name, dtype, config) for case, shape in cases.items() for name in names
         }
-        compiled = {key: {of: pool.submit(compiled_pass, each, of) for of in PASSES} for key, each in subjects.items()}
-        wait(future for passes in compiled.values() for future in passes.values())  # which would slow what is timed
+        inputs = {key: pool.submit(compiled_inputs, each) for key, each in subjects.items()}
+        passes = {(*key, of): pool.submit(compiled_pass, each, of) for key, each in subjects.items() for of in PASSES}
+        wait([*inputs.values(), *passes.values()])  # which would slow what is timed
         for (case, name), each in subjects.items():
             status.update(f"{case}, {name}")
-            inputs = each.inputs()
-            times = {
-                of: time_pass(each, inputs, of, future.result(), config) for of, future in compiled[case, name].items()
-            }
+            arrays = inputs[case, name].result()()
+            times = {of: time_pass(each, arrays, of, passes[case, name, of].result(), config) for of in PASSES}
             result["rows"].append({"case": case, "by": name} | times)
             if out:
                 output.write(out, result)
@@ -121,6 +120,7 @@ class Subject(NamedTuple):
     function: Callable
     """of q, k, v and maybe gates, to the output"""
     inputs: Callable[[], tuple]
+    """q, k, v and maybe gates"""
     bytes: dict[str, int] | None
     """of the inputs and outputs of each of `PASSES`"""
     refusals: type | tuple[type, ...]
@@ -155,6 +155,16 @@ PASSES = {"forward": lambda function, _, *inputs: function(*inputs), "forward_ba
 """Of a function, its output's gradient and its inputs."""
 
 
+def compiled_inputs(each: Subject) -> Callable[[], tuple]:
+    """The function that makes the inputs and the output's gradient, which come last, compiled."""
+
+    def make():
+        inputs = each.inputs()
+        return *inputs, jax.random.normal(jax.random.key(1), inputs[2].shape, inputs[2].dtype)  # the output is like v
+
+    return jax.jit(make).lower().compile()
+
+
 def compiled_pass(each: Subject, name: str) -> dict[str, Any]:
     """{"run": one of `PASSES`, compiled}, or why it is not taken."""
 
@@ -165,12 +175,12 @@ def compiled_pass(each: Subject, name: str) -> dict[str, Any]:
     return attempt(compile, each.refusals)
 
 
-def time_pass(each: Subject, inputs: tuple, name: str, compiled: dict[str, Any], config: Config) -> dict[str, Any]:
+def time_pass(each: Subject, arrays: tuple, name: str, compiled: dict[str, Any], config: Config) -> dict[str, Any]:
     """Milliseconds and temporary memory of one of `PASSES`, and the bytes of its inputs and outputs, or what went
     wrong."""
+    *inputs, cotangent = arrays
 
     def measure(run):
-        cotangent = jax.random.normal(jax.random.key(1), inputs[2].shape, inputs[2].dtype)  # the output has v's shape
         seconds = time_calls(
             lambda: run(cotangent, *inputs), jax.block_until_ready, repeats=config.repeats, seconds=config.seconds
         )
