@@ -101,7 +101,10 @@ class LanguageModel(nnx.Module):
 
         x = constrain(self._embed(tokens), "batch", "length", None)
         layers = (parameters, state, self._lower_bounds())
-        x, state = lax.scan(repeat, x, layers, unroll=self.config.unroll)
+        if self.config.unrolled:
+            x, state = _in_a_row(repeat, x, layers)
+        else:
+            x, state = lax.scan(repeat, x, layers, unroll=self.config.unroll)
         return self.norm(x), state
 
     def _embed(self, tokens):
@@ -200,6 +203,37 @@ class LanguageModel(nnx.Module):
 def _add(x, y):
     """x + y. Of many tokens it is a kernel of its own: the product that y comes from would add to a copy of x."""
     return x + (lax.optimization_barrier(y) if x.shape[1] > 1 else y)
+
+
+def _in_a_row(repeat, x, layers):
+    """`lax.scan(repeat, x, layers)` without a loop in the program."""
+    stacks, structure = jax.tree.flatten(layers)
+    repeat = jax.jit(repeat)  # which is traced once
+    states = []
+    for layer in zip(*(_unstack(stack) for stack in stacks), strict=True):
+        x, state = repeat(x, jax.tree.unflatten(structure, layer))
+        states.append(state)
+    return x, jax.tree.map(lambda *states: jnp.stack(states), *states)
+
+
+@jax.custom_vjp
+def _unstack(stack):
+    """The rows of an array, whose gradients are put into place one by one as they come, not all together at the end."""
+    return tuple(stack)
+
+
+def _unstack_forward(stack):
+    return _unstack(stack), None
+
+
+def _unstack_backward(_, gradients):
+    stack = jnp.zeros((len(gradients), *gradients[0].shape), gradients[0].dtype)
+    for i in reversed(range(len(gradients))):
+        stack = lax.dynamic_update_index_in_dim(stack, gradients[i], i, 0)
+    return (stack,)
+
+
+_unstack.defvjp(_unstack_forward, _unstack_backward)
 
 
 def _run_block(definition, parameters, x, state, segment_ids, mixer_inputs):
