@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import matplotlib.figure
+import matplotlib.ticker
 from rich.box import SIMPLE
 from rich.table import Table
 
@@ -133,7 +134,9 @@ def _draw_times(axes, rows, name, order, rate) -> None:
     lengths = sorted({SHAPES[row["case"]].T for row in rows})
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
+    axes.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
     axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
     axes.grid(alpha=0.3, which="both")
     axes.spines[["top", "right"]].set_visible(False)
