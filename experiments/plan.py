@@ -76,7 +76,7 @@ def main(arguments: Arguments) -> None:
                 table.add_row(str(gpus), "no mesh divides the batch and fits into memory", end_section=True)
         console.print(table)
         return
-    result = plan(config, arguments.hardware, accumulation=arguments.accumulation)
+    result = plan(config, arguments.hardware)
     console.print(arrays(f"{arguments.preset} on {describe(config.mesh)}", placement(config)))
     table = costs(title)
     add_costs(table, result)

@@ -91,12 +91,10 @@ def placement(config: TrainConfig) -> list[Placed]:
     return rows
 
 
-def plan(config: TrainConfig, hardware: Hardware, *, accumulation: int | None = None) -> Plan:
+def plan(config: TrainConfig, hardware: Hardware) -> Plan:
     """The costs of a run's step on that hardware, in bfloat16.
 
-    Args:
-      config: the run; its `accumulation` does not count.
-      accumulation: parts of a batch; by default as few as keep the activations in memory.
+    Where `config.accumulation` is None a batch has as few parts as keep the activations in memory.
 
     Raises:
       ConfigError: the batch can't be cut into parts that fit into memory.
@@ -107,9 +105,9 @@ def plan(config: TrainConfig, hardware: Hardware, *, accumulation: int | None = 
     weights = _weights(config.model, config.mesh)
     state = sum(weight.elements / weight.fsdp for weight in weights) * 16  # float32: itself, two moments, a gradient
     per_token = _kept_per_token(config.model, config.mesh)
-    choices = [accumulation] if accumulation else [k for k in range(1, rows + 1) if rows % k == 0]
+    choices = [config.accumulation] if config.accumulation else [k for k in range(1, rows + 1) if rows % k == 0]
     for k in choices:
-        if accumulation or state + tokens / k * per_token <= hardware.memory:
+        if config.accumulation or state + tokens / k * per_token <= hardware.memory:
             break
     else:
         raise ConfigError(
@@ -118,9 +116,9 @@ def plan(config: TrainConfig, hardware: Hardware, *, accumulation: int | None = 
         )
     sent = _sent(config, weights, rows, tokens, k)
     seconds = {axis: size / _bandwidth(axis, sizes, hardware) for axis, size in sent.items()}
-    _, multiplied = _count_parameters(config.model)
     devices = math.prod(sizes.values())
-    compute = 6 * multiplied * config.batch_size * config.length / devices / hardware.flops
+    operations = _operations_per_token(config.model, config.length) * config.batch_size * config.length
+    compute = operations / devices / hardware.flops
     return Plan(config.mesh, k, round(state), round(tokens / k * per_token), sent, seconds, compute)
 
 
@@ -133,7 +131,7 @@ def best_plans(config: TrainConfig, devices: int, hardware: Hardware) -> list[Pl
     for sizes in _factorizations(devices, len(MESH_AXES)):
         try:
             mesh = MeshConfig(*sizes)
-            plans.append(plan(dataclasses.replace(config, mesh=mesh, accumulation=1), hardware))
+            plans.append(plan(dataclasses.replace(config, mesh=mesh), hardware))
         except ConfigError:
             continue
     return sorted(plans, key=lambda plan: (round(plan.step, 4), sum(plan.seconds.values())))
@@ -227,6 +225,17 @@ def _kept_per_token(config: ModelConfig, mesh: MeshConfig) -> float:
         if config.remat != "full" and name.startswith("blocks") and len(shape) == 3:
             kept += shape[0] * shape[2] / (mesh.tensor if spec[2] == "tensor" else 1)
     return 2 * kept
+
+
+def _operations_per_token(config: ModelConfig, length: int) -> float:
+    """Six for each parameter that a token is multiplied with, eight in blocks that are computed again, and those of
+    softmax attention with the half of the tokens, or of the window, that a token sees on average."""
+    _, multiplied = _count_parameters(config)
+    again = 4 / 3 if config.remat == "full" else 1
+    head = config.vocab_size * config.hidden_size
+    seen = min(length / 2, config.softmax.window or length)
+    num_softmax = config.mixers.count("softmax") * config.num_layers // len(config.mixers)
+    return 6 * (head + again * (multiplied - head)) + again * num_softmax * 12 * seen * config.hidden_size
 
 
 def _bandwidth(axis: str, sizes: dict[str, int], hardware: Hardware) -> float:

@@ -15,10 +15,10 @@ TABLE = VOCAB * D
 VECTORS = LAYERS * 3 * D + D
 
 
-def config(batch_size=1024, model=None, **mesh):
+def config(batch_size=1024, model=None, accumulation=None, **mesh):
     base = recipe("gsa-1.3b")
     return dataclasses.replace(
-        base, model=model or base.model, mesh=MeshConfig(**mesh), batch_size=batch_size, accumulation=1
+        base, model=model or base.model, mesh=MeshConfig(**mesh), batch_size=batch_size, accumulation=accumulation
     )
 
 
@@ -36,20 +36,20 @@ def test_every_array_is_placed_and_counted():
 
 
 def test_a_batch_axis_sums_gradients_and_fsdp_gathers_too():
-    (data,) = plan(config(data=8), Hardware(), accumulation=1).sent.values()
+    (data,) = plan(config(data=8, accumulation=1), Hardware()).sent.values()
     assert data == pytest.approx(2 * 7 / 8 * (2 * (MATRICES + TABLE + VECTORS) + 4 * TABLE))
-    (fsdp,) = plan(config(fsdp=8), Hardware(), accumulation=4).sent.values()
+    (fsdp,) = plan(config(fsdp=8, accumulation=4), Hardware()).sent.values()
     block, embedding, head = 2 * MATRICES, 2 * TABLE, 4 * TABLE
     assert fsdp == pytest.approx(4 * 7 / 8 * (3 * block + 2 * embedding + 2 * head))
 
 
 def test_tensor_sums_activations_and_context_exchanges_states():
     tokens = 1024 * 2048
-    (tensor,) = plan(config(tensor=4), Hardware(), accumulation=1024).sent.values()
+    (tensor,) = plan(config(tensor=4, accumulation=1024), Hardware()).sent.values()
     assert tensor == pytest.approx(2 * 3 / 4 * tokens * 2 * D * (4 * LAYERS + 2))
     model = dataclasses.replace(recipe("gsa-1.3b").model, remat="none")
-    with_states = plan(config(context=4, model=model), Hardware(), accumulation=1024).sent["context"]
-    gradients = plan(config(data=4), Hardware(), accumulation=1024).sent["data"]
+    with_states = plan(config(context=4, model=model, accumulation=256), Hardware()).sent["context"]
+    gradients = plan(config(data=4, accumulation=256), Hardware()).sent["data"]
     states = 4 * LAYERS * 1024 * HEADS * SLOTS * (D // HEADS) * 2
     assert with_states - gradients == pytest.approx(2 * 3 * states)
 
@@ -68,6 +68,25 @@ def test_activations_are_cut_until_they_fit():
     assert tight.state + tight.activations <= 50e9
     with pytest.raises(ConfigError, match="mesh: fsdp=8 needs 3 GB for the state and, row by row, .* at most 1 GB"):
         plan(config(fsdp=8), Hardware(memory=1e9))
+
+
+def test_arithmetic_counts_what_is_computed_again_and_the_scores_of_softmax_attention():
+    tokens, hardware = 1024 * 2048, Hardware(flops=1e12)
+
+    def operations(model):
+        return plan(config(model=model, accumulation=1024), hardware).compute * 1e12 / tokens
+
+    model = recipe("gsa-1.3b").model
+    parameters = MATRICES + VECTORS
+    assert operations(model) == pytest.approx(6 * (parameters + TABLE))
+    assert operations(dataclasses.replace(model, remat="full")) == pytest.approx(8 * parameters + 6 * TABLE)
+    hybrid = dataclasses.replace(model, mixers=("gsa", "softmax"))
+    windowed = dataclasses.replace(hybrid, softmax=dataclasses.replace(hybrid.softmax, window=512))
+    assert operations(hybrid) - operations(windowed) == pytest.approx(LAYERS / 2 * 12 * (1024 - 512) * D)
+
+
+def test_parts_asked_for_are_kept_on_every_mesh():
+    assert {found.accumulation for found in best_plans(config(accumulation=4), 16, Hardware())} == {4}
 
 
 def test_the_best_meshes_use_all_devices_and_come_in_order():
