@@ -15,7 +15,7 @@ from experiments.command_line import check_text, user_errors
 from gsa_jax.generation import SamplingConfig, stream
 from gsa_jax.layers.checks import check_numbers
 from gsa_jax.training import load_model
-from gsa_jax.training.data import load_tokenizer
+from gsa_jax.training.data import decode_after, load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def main(arguments: Arguments) -> None:
     ids, written = [], 0
     for block in blocks:
         ids.extend(np.asarray(block[0]).tolist())
-        text = tokenizer.decode(ids)
+        text = decode_after(tokenizer, prompt, ids)
         complete = len(text.rstrip("\ufffd"))
         print(text[written:complete], end="", flush=True)
         written = max(written, complete)

@@ -9,7 +9,7 @@ from gsa_jax.training.data.pipeline import (
     validation_batches,
 )
 from gsa_jax.training.data.streams import HostBatches
-from gsa_jax.training.data.tokenizer import ByteTokenizer, FileTokenizer, Tokenizer, load_tokenizer
+from gsa_jax.training.data.tokenizer import ByteTokenizer, FileTokenizer, Tokenizer, decode_after, load_tokenizer
 
 __all__ = [
     "STDLIB",
@@ -21,6 +21,7 @@ __all__ = [
     "FileTokenizer",
     "HostBatches",
     "Tokenizer",
+    "decode_after",
     "evaluation_stream",
     "load_tokenizer",
     "open_corpus",

@@ -53,6 +53,12 @@ def load_tokenizer(name_or_path: str) -> Tokenizer:
     return ByteTokenizer() if name_or_path == "byte" else FileTokenizer(name_or_path)
 
 
+def decode_after(tokenizer: Tokenizer, before: Sequence[int] | np.ndarray, ids: Sequence[int] | np.ndarray) -> str:
+    """The text of `ids` where it goes on after that of the ids `before`: some tokenizers leave out the space that a
+    text begins with."""
+    return tokenizer.decode(np.concatenate([before, ids]))[len(tokenizer.decode(before)) :]
+
+
 class ByteTokenizer:
     """UTF-8 bytes as tokens 0..255; 256 separates documents."""
 
@@ -78,7 +84,7 @@ class FileTokenizer:
         try:
             from tokenizers import Tokenizer as HuggingFaceTokenizer
         except ImportError as error:
-            raise ImportError(f"tokenizer={path!r} needs tokenizers, `pip install tokenizers`") from error
+            raise DataError(f"tokenizer={path!r} needs tokenizers, `pip install tokenizers`") from error
         file = Path(path).expanduser()
         file = file / "tokenizer.json" if file.is_dir() else file
         if not file.is_file():

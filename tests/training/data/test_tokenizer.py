@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from gsa_jax.training.data import ByteTokenizer, DataError, FileTokenizer, load_tokenizer
+from gsa_jax.training.data import ByteTokenizer, DataError, FileTokenizer, decode_after, load_tokenizer
 
 TEXT = "def f(x):\n    return x  # naïve — 東京 🎉\n" * 3
 
@@ -105,3 +105,14 @@ def test_errors_name_the_file(tmp_path):
         load_tokenizer(str(tmp_path / "broken.json"))
     with pytest.raises(DataError, match=r"none\.json': no end-of-text token, expected one of </s>"):
         load_tokenizer(str(save_byte_level(tmp_path / "none.json", special=())))
+
+
+def test_a_continuation_keeps_the_space_it_begins_with(tmp_path):
+    words = Tokenizer(models.WordLevel({"</s>": 0, "▁def": 1, "▁main": 2}))
+    words.pre_tokenizer = pre_tokenizers.Metaspace()
+    words.decoder = decoders.Metaspace()
+    words.save(str(tmp_path / "words.json"))
+    tokenizer = load_tokenizer(str(tmp_path / "words.json"))
+    before, ids = np.array([tokenizer.separator, 1]), [2, 1]
+    assert tokenizer.decode(ids) == "main def"  # as SentencePiece's do
+    assert decode_after(tokenizer, before, ids) == " main def"
