@@ -10,6 +10,7 @@ prints the validation bits per byte, for byte tokens beside those of a bigram mo
 
 import argparse
 import itertools
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,7 @@ from gsa_jax.training import (
     recipe,
     train,
 )
-from gsa_jax.training.data import load_tokenizer, training_batches, validation_batches
+from gsa_jax.training.data import decode_after, load_tokenizer, training_batches, validation_batches
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,8 @@ def main(arguments: Arguments) -> None:
     if summary.skipped:
         print(f"left out {len(summary.skipped)} documents; the first: {summary.skipped[0]}")
     if summary.interrupted:
-        print(f"stopped by {summary.interrupted} after step {summary.step}, saved; go on with --resume")
+        print(f"stopped by {summary.interrupted} after step {summary.step}, saved; to go on:")
+        print(f"python -m experiments.language_model --resume --run-dir {shlex.quote(str(summary.run_dir))}")
         return
     report(config, summary)
     print(f"\nA sample, after {arguments.prompt!r}:\n{text}")
@@ -99,7 +101,7 @@ def sample(run_dir: Path, prompt: str, num_tokens: int = 300) -> str:
     model, config, _ = load_model(run_dir)
     tokenizer = load_tokenizer(config.data.tokenizer)
     ids = np.concatenate([[tokenizer.separator], tokenizer.encode(prompt)])
-    return prompt + tokenizer.decode(generate(model, ids[None], num_tokens)[0])
+    return prompt + decode_after(tokenizer, ids, generate(model, ids[None], num_tokens)[0])
 
 
 def defaults(arguments: list[str]) -> TrainConfig:

@@ -21,7 +21,7 @@ from gsa_jax.models import abstract_model, count_parameters
 from gsa_jax.training.checkpoint import Checkpoints
 from gsa_jax.training.compiler import compiler_options
 from gsa_jax.training.config import ConfigError, TrainConfig, differences
-from gsa_jax.training.data import Batch, Corpus, HostBatches, load_tokenizer, validation_batches
+from gsa_jax.training.data import Batch, Corpus, DataError, HostBatches, load_tokenizer, validation_batches
 from gsa_jax.training.hosts import anywhere, check_agreement, rows_of_host, together
 from gsa_jax.training.metrics import Console, MetricsLog, describe, plot_curves, read_metrics, speed
 from gsa_jax.training.optimizer import make_optimizer, make_schedule
@@ -66,8 +66,8 @@ def train(config: TrainConfig, *, resume: bool = False) -> TrainSummary:
     second signal acts as it would without this function.
 
     Args:
-      config: the run. To resume one, model, data, batch_size, length and seed must be what they were; the rest may
-        change.
+      config: the run. To resume one, model, data (but for skip_bad), batch_size, length and seed must be what they
+        were; the rest may change.
       resume: go on with the run in `config.run_dir`.
 
     Raises:
@@ -98,6 +98,11 @@ def _prepare(
     _check_model(config, mesh)
     _check_run_dir(Path(config.run_dir), config, resume)
     corpus, held_out = config.data.open("train"), config.data.open("validation")
+    if not any(map(len, held_out)):
+        raise DataError(
+            f"data.validation_fraction={config.data.validation_fraction}: there is no text in the validation split of "
+            f"data.path={config.data.path!r}, expected a larger fraction"
+        )
     sizes = {"length": config.length, "batch_size": config.batch_size}
     batches = HostBatches(config.data, seed=config.seed, host=host, hosts=hosts, corpus=corpus, **sizes)
     sizes["batch_size"] //= hosts * config.parts
@@ -133,6 +138,13 @@ def _run(
         make = (lambda: restored) if restored else create
         batch_shape, options = (config.batch_size, config.length), compiler_options(config.model, mesh.size)
         state, train_step = create_and_compile(make, train_step, like, batch_shape, mesh, options)
+        parts = config.eval_batches and config.eval_batches * config.parts
+
+        def validate(state):
+            return evaluate(eval_step, state, itertools.islice(validation(), parts), mesh)
+
+        if step == config.steps and not _validated(Path(config.run_dir), step):
+            log.write(step, validate(state))
         begin = time.perf_counter()
         window, window_begin = [], begin
         while step < config.steps:
@@ -152,8 +164,7 @@ def _run(
             tokens, seconds = sum(int(metrics["tokens"]) for metrics in window), time.perf_counter() - window_begin
             values = _summarize(window) | speed(config.model, mesh, tokens / seconds)
             if evaluating:
-                parts = config.eval_batches and config.eval_batches * config.parts
-                values |= evaluate(eval_step, state, itertools.islice(validation(), parts), mesh)
+                values |= validate(state)
             log.write(step, values)
             seconds_left = (time.perf_counter() - begin) / (step - first) * (config.steps - step)
             stays = evaluating or not console.is_terminal
@@ -175,6 +186,11 @@ def evaluate(eval_step: Callable, state: TrainState, batches: Iterable[Batch], m
         "validation_loss": totals["nll"] / totals["tokens"],
         "validation_bits_per_byte": totals["nll"] / math.log(2) / totals["bytes"],
     }
+
+
+def _validated(run_dir: Path, step: int) -> bool:
+    """Whether the metrics of a run tell how good it was at that step."""
+    return any("validation_loss" in line for line in read_metrics(run_dir) if line["step"] == step)
 
 
 def _check_finite(window: list[dict[str, np.ndarray]], step: int, checkpoints: Checkpoints) -> None:
@@ -264,18 +280,28 @@ def _check_run_dir(run_dir: Path, config: TrainConfig, resume: bool) -> None:
         return
     if not stored.is_file():
         raise ConfigError(f"run_dir={config.run_dir!r}: there is no run to resume, expected a config.json")
-    done = next(reversed(read_metrics(run_dir)), {"step": 0})["step"]
+    earlier = TrainConfig.read(stored)
+    saved = [int(folder.name) for folder in (run_dir / "checkpoints").glob("[0-9]*") if folder.name.isdigit()]
+    logged = next(reversed(read_metrics(run_dir)), {"step": 0})["step"]
+    if not saved and logged >= 2 * earlier.checkpoint_every:  # one more may have been on its way
+        raise ConfigError(
+            f"run_dir={config.run_dir!r}: the metrics reach step {logged}, and there is no checkpoint to go on from; "
+            f"expected those of every {earlier.checkpoint_every} steps in {run_dir / 'checkpoints'}"
+        )
+    done = max(saved, default=logged)
     if config.steps < done:
         raise ConfigError(f"steps={config.steps}: the run has come to step {done}, expected at least as many")
-    there, here = (json.loads(settings.to_json()) for settings in (TrainConfig.read(stored), config))
-    changed = differences(there, here)
-    fixed = [text for name, text in changed.items() if name.split(".")[0] in _FIXED]
+    changed = differences(*(json.loads(settings.to_json()) for settings in (earlier, config)))
+    fixed = [text for name, text in changed.items() if name.split(".")[0] in _FIXED and name not in _FREE]
     if fixed:
         raise ConfigError(f"run_dir={config.run_dir!r}: can't be resumed with other settings: {'; '.join(fixed[:3])}")
 
 
 _FIXED = ("model", "data", "batch_size", "length", "seed")
 """The settings that must stay when a run is resumed: what its parameters and its place in the data mean."""
+
+_FREE = ("data.skip_bad",)
+"""Those of them that need not: a run that came to a bad document may go on without it."""
 
 
 def _write_config(run_dir: Path, config: TrainConfig) -> None:

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -161,6 +162,42 @@ def test_a_finished_run_can_be_resumed_and_prolonged(folder, finished):
     assert [line["step"] for line in read_metrics(config.run_dir)] == [2, 4]
 
 
+def test_a_run_that_ended_without_an_evaluation_is_evaluated_when_it_is_resumed(folder, finished):
+    config = run_config(folder, "unvalidated", steps=2)
+    expected = train(config).metrics["validation_loss"]
+    for lines in ('{"step": 2, "loss": 5.0}\n', ""):
+        (Path(config.run_dir) / "metrics.jsonl").write_text(lines)
+        assert train(config, resume=True).metrics["validation_loss"] == expected
+    with pytest.raises(ConfigError, match="steps=1: the run has come to step 2"):
+        (Path(config.run_dir) / "metrics.jsonl").unlink()
+        train(dataclasses.replace(config, steps=1), resume=True)
+
+
+def test_a_run_whose_checkpoints_are_gone_is_not_begun_anew(folder, finished):
+    config = run_config(folder, "robbed", steps=2, checkpoint_every=1)
+    train(config)
+    lines = read_metrics(config.run_dir)
+    shutil.rmtree(Path(config.run_dir) / "checkpoints")
+    with pytest.raises(ConfigError, match="the metrics reach step 2, and there is no checkpoint to go on from"):
+        train(config, resume=True)
+    assert read_metrics(config.run_dir) == lines
+
+
+def test_a_run_that_met_a_bad_document_goes_on_without_it(tmp_path):
+    corpus = tmp_path / "corpus.jsonl"
+    lines = [json.dumps({"text": "slot gate " * 5})] * 19
+    corpus.write_text("\n".join(lines))
+    data = DataConfig(path=str(corpus), validation_fraction=0.3)
+    config = run_config(tmp_path, data=data, steps=2)
+    train(config)
+    corpus.write_text("\n".join(["{broken", *lines[1:9], "{broken", *lines[10:]]))
+    longer = dataclasses.replace(config, steps=6)
+    with pytest.raises(DataError, match="line 1.*skip_bad leaves such documents out"):
+        train(longer, resume=True)
+    skipping = dataclasses.replace(longer, data=dataclasses.replace(data, skip_bad=True))
+    assert train(skipping, resume=True).step == 6
+
+
 def test_a_run_that_was_killed_before_its_first_checkpoint_says_that_it_begins_anew(tmp_path, capsys):
     config = run_config(tmp_path, steps=2)
     Path(config.run_dir).mkdir()
@@ -207,6 +244,12 @@ def test_only_a_run_can_be_resumed_and_only_as_it_was(finished, tmp_path):
         ({"data": DataConfig(path="/no/such/corpus")}, DataError, "no such file"),
         ({"length": 10**6}, DataError, "expected at least length=1000000"),
         ({"model": dataclasses.replace(MODEL, vocab_size=256)}, ConfigError, "vocab_size=256: expected at least 257"),
+        ({"data": DataConfig(path=__file__, streams=2)}, DataError, "data.streams=2: expected at most one .* 1 doc"),
+        (
+            {"data": DataConfig(path=__file__, validation_fraction=1e-9)},
+            DataError,
+            "validation_fraction=1e-09: .* no te",
+        ),
         ({"mesh": MeshConfig(data=64), "batch_size": 64}, ConfigError, "data=64"),
         ({"model": dataclasses.replace(MODEL, hidden_size=15)}, ConfigError, "model: .*hidden_size=15"),
         ({"model": KERNELS}, ConfigError, "model: implementation='pallas': .* need a Hopper GPU, .* device is 'cpu'"),

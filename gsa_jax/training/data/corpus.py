@@ -99,7 +99,7 @@ class Corpus:
             return self._files[file].read(row)
         except DataError as error:
             if not self._skip_bad:
-                raise
+                raise DataError(f"{error}; skip_bad leaves such documents out") from error
             self._skipped[file, row] = str(error)
             return None
 
@@ -281,7 +281,7 @@ def _read_parquet(path: Path):
     try:
         from pyarrow import ArrowInvalid, parquet
     except ImportError as error:
-        raise ImportError(f"{path}: reading Parquet needs pyarrow, `pip install pyarrow`") from error
+        raise DataError(f"{path}: reading Parquet needs pyarrow, `pip install pyarrow`") from error
     try:
         return parquet.ParquetFile(path)
     except ArrowInvalid as error:

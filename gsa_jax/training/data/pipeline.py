@@ -24,6 +24,7 @@ import grain
 import numpy as np
 import tyro
 
+from gsa_jax.layers.checks import check_numbers
 from gsa_jax.training.data.corpus import STDLIB, Corpus, DataError, open_corpus
 from gsa_jax.training.data.tokenizer import Tokenizer, load_tokenizer
 
@@ -52,6 +53,9 @@ class DataConfig:
     """The fraction of the documents held out for validation, chosen by a fixed hash of their names."""
     streams: int = 1
     """Streams that documents are dealt to, best one a host; the order of the data depends on them, not on the hosts."""
+
+    def __post_init__(self):
+        check_numbers(self, "validation_fraction")
 
     def open(self, split: str) -> Corpus:
         """Opens the split "train", "validation" or "all"; see `open_corpus`."""

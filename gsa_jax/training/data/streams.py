@@ -31,6 +31,8 @@ class HostBatches(Iterator[Batch]):
         for name, parts in (("data.streams", config.streams), ("hosts", hosts)):
             if batch_size % parts:
                 raise DataError(f"{name}={parts}: expected a divisor of batch_size={batch_size}")
+        if config.streams > len(corpus):
+            raise DataError(f"data.streams={config.streams}: expected at most one for each of {len(corpus)} documents")
         rows = batch_size // config.streams
         begin, end = (index * batch_size // hosts for index in (host, host + 1))
         self._streams = {

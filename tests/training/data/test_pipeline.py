@@ -262,6 +262,11 @@ def test_arguments_are_checked(config):
         evaluation_stream(DataConfig(path="nowhere"), batch_size=1, length=8)
 
 
+def test_a_stream_is_the_least():
+    with pytest.raises(ValueError, match="streams must be at least 1, got 0"):
+        DataConfig(streams=0)
+
+
 def test_a_bad_line_stops_with_its_own_message_or_is_skipped_and_counted(tmp_path, rows_in_order):
     path = Path(make_config(tmp_path, TEXTS).path)
     path.write_text(path.read_text() + '{"text": \n')
