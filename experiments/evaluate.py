@@ -46,7 +46,7 @@ class Arguments:
     cache: int = 8192
     """tokens that softmax attention remembers, if the model has any"""
     out: Path | None = None
-    """JSON file to write, with a plot beside it; RUN/evaluation.json by default"""
+    """JSON file to write, with a plot beside it; by default RUN/evaluation.json for the whole validation split alone"""
 
     def __post_init__(self):
         check_numbers(self)
@@ -57,15 +57,21 @@ def main(arguments: Arguments) -> None:
     model, config, step = load_model(arguments.run)
     split = "validation" if arguments.data is None else "all"
     data = config.data if arguments.data is None else dataclasses.replace(config.data, path=arguments.data)
-    out = output.json_file(arguments.out or arguments.run / "evaluation.json")
+    whole = arguments.data is None and arguments.max_batches is None
+    out = arguments.out or (arguments.run / "evaluation.json" if whole else None)
+    out = out and output.json_file(out)
     corpus, length = data.open(split), arguments.length or config.length
     if not len(corpus):
         raise ConfigError(f"--data {data.path}: no documents in the split {split!r}")
     batches = evaluation_stream(data, batch_size=arguments.batch_size, length=length, corpus=corpus)
     sums = evaluate(model, batches, arguments)
     results = summarize(sums) | {"run": str(arguments.run), "step": step, "data": data.path, "split": split}
-    results |= {"trained_at_length": config.length, "window": length, **provenance("experiments.evaluate")}
+    results |= {"trained_at_length": config.length, "window": length, "max_batches": arguments.max_batches}
+    results |= provenance("experiments.evaluate")
     print_table(results)
+    if not out:
+        print("\nnot saved; --out FILE.json keeps the numbers and a plot")
+        return
     output.write(out, results, draw(results))
     print(f"\nsaved {out} and {out.with_suffix('.png')}")
 

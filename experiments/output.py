@@ -26,6 +26,22 @@ def json_file(out: Path) -> Path:
     return file
 
 
+def read(file: Path, argument: str, *fields: str) -> dict[str, Any]:
+    """What a script wrote into `file`, which has these fields.
+
+    Raises:
+      ValueError: it is not such a file; the message names the argument that asks for it.
+    """
+    try:
+        result = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{argument}: {file} can't be read ({error}), expected JSON that a script wrote") from error
+    missing = [field for field in fields if not isinstance(result, dict) or field not in result]
+    if missing:
+        raise ValueError(f"{argument}: {file} has no {missing[0]!r}, expected a file with {', '.join(fields)}")
+    return result
+
+
 def settings(config: Any) -> dict[str, Any]:
     """The fields of a dataclass as JSON has them."""
     return json.loads(json.dumps(dataclasses.asdict(config), default=str))

@@ -63,7 +63,8 @@ def test_train_generate_evaluate_resume(tmp_path):
     """The walk through the README, on a smaller model: the same commands with settings that make them quick."""
     train, generate, evaluate, resume = (shlex.split(command)[1:] for command in commands()[:4])
     python = [sys.executable, "-W", "error::DeprecationWarning:experiments"]
-    for command, small in [(train, SMALL_RUN), (generate, ["--num-tokens", "8"]), (evaluate, ["--max-batches", "2"])]:
+    few = ["--max-batches", "2", "--out", "runs/tiny/evaluation.json"]
+    for command, small in [(train, SMALL_RUN), (generate, ["--num-tokens", "8"]), (evaluate, few)]:
         finished = run([*python, *command, *small], tmp_path)
         assert finished.returncode == 0, finished.stderr
         if command is train:

@@ -90,7 +90,8 @@ def main(config: Config) -> dict[str, Any]:
     out = config.out and output.json_file(config.out)
     result = in_process(model_cases.about, "experiments.benchmarks.model", config.model)
     result["settings"] = output.settings(config)
-    result["peers"] = peers.read(config.peers, device=result["device"]) if config.peers else None
+    facts = {"device": result["device"], "preset": config.preset}
+    result["peers"] = peers.read(config.peers, "training", **facts) if config.peers else None
     result |= {"training": [], "decoding": []}
     if config.resume and out.exists():
         result |= measured_before(out, result)
@@ -117,10 +118,10 @@ def measured_before(file: Path, result: dict[str, Any]) -> dict[str, list[dict[s
     Raises:
       ValueError: it was on another kind of device, with other versions or with other settings than `result`.
     """
-    earlier = json.loads(file.read_text())
+    earlier = output.read(file, "resume", "settings", "device", "versions", "training", "decoding")
     for record in (earlier, here := json.loads(json.dumps(result))):
         for name in SELECTION:
-            record["settings"].pop(name)
+            record["settings"].pop(name, None)
     for fact in ("device", "versions", "settings"):
         if earlier[fact] != here[fact]:
             raise ValueError(f"resume: {file} has the {fact} {earlier[fact]}, and here they are {here[fact]}")

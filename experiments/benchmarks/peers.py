@@ -93,16 +93,17 @@ def side_by_side(compile_kernels, shapes: list[Shape]) -> None:
         process.join()
 
 
-def read(file: Path, **here: str) -> dict[str, Any]:
+def read(file: Path, part: str = "rows", **here: str) -> dict[str, Any]:
     """A peer's numbers and where they come from, as this script or `experiments.benchmarks.ops` wrote them into `file`.
 
     Raises:
-      ValueError: there are none, or their device (in kind) or another of the facts in `here` is not what it is here.
+      ValueError: there are none (of that part), or their device (in kind) or another of the facts in `here` is not what
+        it is here.
     """
-    record = json.loads(file.read_text())
+    record = output.read(file, "peers")
     record = record.get("peers", record)
-    if not record:
-        raise ValueError(f"{file}: there are no numbers of peers in it")
+    if not record or part not in record:
+        raise ValueError(f"peers: {file} has no numbers of peers in {part!r}")
     for fact, value in here.items():
         if _kind(record.get(fact, "unknown")) != _kind(value):
             raise ValueError(f"{file}: the peers' {fact} is {record.get(fact, 'unknown')}, and here it is {value}")

@@ -26,7 +26,7 @@ def result():
         "device": "1 x NVIDIA H200",
         "versions": {"jax": "0.12"},
         "settings": settings,
-        "peers": peers.read(RECORDED, device="1 x NVIDIA H200"),
+        "peers": peers.read(RECORDED, "training", device="1 x NVIDIA H200"),
         "training": [
             {"batch": 8, "length": 2048, "ms": 142.2, "tokens_per_second": 115_200, "mfu": 0.5, "memory_gib": 41.0},
             {"batch": 2, "length": 8192, "error": "not enough memory"},
@@ -76,7 +76,7 @@ def test_the_plot_shows_both(result):
 
 
 def test_recorded_milliseconds_are_those_of_the_recorded_rates():
-    for row in peers.read(RECORDED)["training"]:
+    for row in peers.read(RECORDED, "training")["training"]:
         assert row["ms"] == pytest.approx(1000 * row["batch"] * row["length"] / row["tokens_per_second"], rel=1e-3)
 
 
@@ -200,3 +200,13 @@ def test_there_must_be_something_to_resume():
 def test_what_the_process_of_a_case_raises_comes_back():
     with pytest.raises(ValueError, match="could not convert"):
         model.in_process(float, "no number")
+
+
+def test_peers_of_another_model_and_files_of_other_scripts_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="the peers' preset is gsa-1.3b, and here it is tiny"):
+        peers.read(RECORDED, "training", preset="tiny")
+    with pytest.raises(ValueError, match="peers.json has no numbers of peers in 'training'"):
+        peers.read(RECORDED.with_name("peers.json"), "training")
+    ops = RECORDED.parents[1] / "ops-h200/ops.json"
+    with pytest.raises(ValueError, match="resume: .*ops.json has no 'settings', expected a file with settings, "):
+        model.measured_before(ops, {})

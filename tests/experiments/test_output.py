@@ -34,3 +34,14 @@ def test_a_place_that_takes_no_file_is_refused(tmp_path):
     (tmp_path / "text").write_text("")
     with pytest.raises(ValueError, match=r"out: .*text/result.json can't be written \(.*exists.*\), expected"):
         output.json_file(tmp_path / "text" / "result.json")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [(None, "can't be read"), ("# no", "can't be read"), ("[]", "has no 'ms'")]
+)
+def test_a_file_that_no_script_wrote_is_named(tmp_path, text, message):
+    file = tmp_path / "result.json"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(ValueError, match=f"peers: .*result.json {message}"):
+        output.read(file, "peers", "ms")

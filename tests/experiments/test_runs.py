@@ -64,7 +64,17 @@ def test_the_bigram_model_is_scored_on_the_tokens_of_the_evaluation(finished, mo
 
 def test_an_evaluation_says_where_it_comes_from(finished):
     config, summary, _ = finished
-    evaluate.main(evaluate.Arguments(summary.run_dir, batch_size=2, max_batches=1))
+    evaluate.main(evaluate.Arguments(summary.run_dir, batch_size=2))
     results = json.loads((summary.run_dir / "evaluation.json").read_text())
     assert {"device", "versions", "command", "date"} <= results.keys()
     assert results["step"] == 2 and results["window"] == config.length and results["bits_per_byte"] > 0
+
+
+def test_a_part_of_an_evaluation_is_saved_where_asked(finished, tmp_path):
+    _, summary, _ = finished
+    kept = summary.run_dir / "evaluation.json"
+    before = kept.read_text() if kept.exists() else None
+    for out in (None, tmp_path / "part.json"):
+        evaluate.main(evaluate.Arguments(summary.run_dir, batch_size=2, max_batches=1, out=out))
+    assert json.loads((tmp_path / "part.json").read_text())["max_batches"] == 1
+    assert (kept.read_text() if kept.exists() else None) == before
