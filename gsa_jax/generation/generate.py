@@ -33,7 +33,8 @@ def stream(model, prompt, num_tokens, *, sampling=None, key=None, block_size=Non
     and a compilation that grows with the depth. XLA compiles it in seconds for GPUs, where it is the default, and in
     minutes for CPUs. In either case the steps have the matrices in the model's dtype, not rounded anew by each.
 
-    Raises:
+    Raises, when the first block is asked for:
+      TypeError: the prompt does not hold integers.
       ValueError: the prompt is empty, not [B, T] or holds ids that are no tokens of the model, or `num_tokens` is less
         than 1.
     """
@@ -63,6 +64,9 @@ def _check_prompt(prompt, vocab_size):
     """Raises unless `prompt` is [B, T] and, where its values are known, holds token ids."""
     if np.ndim(prompt) != 2 or 0 in np.shape(prompt):
         raise ValueError(f"prompt must have shape [B, T] with at least one token, got {list(np.shape(prompt))}")
+    dtype = prompt.dtype if hasattr(prompt, "dtype") else np.asarray(prompt).dtype
+    if not jnp.issubdtype(dtype, jnp.integer):
+        raise TypeError(f"prompt must hold integers, got {dtype}")
     if isinstance(prompt, jax.core.Tracer):
         return
     for token in (np.min(prompt), np.max(prompt)):

@@ -82,10 +82,6 @@ class HGRN2(Mixer):
     def _heads(self, x):
         return x.reshape(*x.shape[:-1], self.num_heads, self.head_size)
 
-    def step(self, x, state, *, lower_bound=0.0):
-        y, state = self(x[:, None], state, lower_bound=lower_bound)
-        return y[:, 0], state
-
     def init_state(self, batch_size, max_length=None):
         return jnp.zeros((batch_size, self.num_heads, self.head_size, self.head_size), jnp.float32)
 

@@ -22,9 +22,9 @@ class Mixer(nnx.Module):
         """
         raise NotImplementedError
 
-    def step(self, x, state):
-        """One token: x [B, D] -> (y [B, D], the new state)."""
-        y, state = self(x[:, None], state)
+    def step(self, x, state, **inputs):
+        """One token: x [B, D] -> (y [B, D], the new state); `inputs` are those that the mixer takes beside."""
+        y, state = self(x[:, None], state, **inputs)
         return y[:, 0], state
 
     def init_state(self, batch_size, max_length=None):

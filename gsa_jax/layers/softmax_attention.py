@@ -11,7 +11,8 @@ from gsa_jax.layers.linear import linear
 from gsa_jax.layers.mixer import HeadProjections, Mixer, head_size, merge_heads
 from gsa_jax.layers.rotary import rotate
 from gsa_jax.ops import sharded
-from gsa_jax.ops.arguments import document_starts
+from gsa_jax.ops.arguments import check_segment_ids, document_starts
+from gsa_jax.ops.softmax import attention
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ class SoftmaxAttention(Mixer):
 
     def __call__(self, x, state=None, segment_ids=None):
         batch_size, length, _ = x.shape
+        check_segment_ids(segment_ids, {"B": batch_size, "T": length})
         cache = self.init_state(batch_size) if state is None else state
         q, k, v, conv_state = self.projections(x, cache.convolutions, segment_ids)
         positions = cache.position + jnp.arange(length)[None]
@@ -86,7 +88,7 @@ class SoftmaxAttention(Mixer):
         if state is None:
             out = sharded.softmax_attention(q, k, v, window=self.config.window, segment_ids=segment_ids)
         else:
-            out = jax.nn.dot_product_attention(q, keys, values, mask=self._mask(cache, document)[:, None])
+            out = attention(q, keys, values, mask=self._mask(cache, document)[:, None])
         return self.out(merge_heads(out)), self._keep(cache, keys, values, document, conv_state)
 
     def _mask(self, cache, document):

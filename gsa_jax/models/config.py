@@ -21,7 +21,7 @@ from gsa_jax.layers.checks import check_numbers
 class ModelConfig:
     """A causal language model of pre-norm blocks: a token mixer, then SwiGLU.
 
-    Raises ValueError for unknown mixers and for sizes that don't fit each other.
+    Raises ValueError for unknown mixers and a depth that their pattern does not divide; the layers check their sizes.
     """
 
     vocab_size: int = 32000

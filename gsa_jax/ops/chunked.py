@@ -62,7 +62,7 @@ def gated_linear_attention(q, k, v, log_decay, *, scale, initial_state, chunk_si
     def chunks(states, q, k, v, log_decay):
         decays = chunk_decays(log_decay)
         (values,), states = write_chunks(states, decays, k, (v,))
-        return states, scale * read_columns(q, k, v, decays, values)
+        return states, read_columns(scale * q.astype(log_decay.dtype), k, v, decays, values)
 
     out, (state,) = _over_sequence(chunks, (initial_state,), (q, k, v, log_decay), chunk_size, v.dtype)
     return out, state
@@ -206,7 +206,7 @@ def _over_sequence(chunks, states, arrays, chunk_size, dtype):
 
 
 def _tiling(length, chunk_size):
-    """(chunk size, span) in tokens for a sequence of that length on the default backend, as measured (README.md)."""
+    """(chunk size, span) in tokens for a sequence of that length on the default backend, as measured (NOTES.md)."""
     on_cpu = jax.default_backend() == "cpu"
     chunk_size = chunk_size or min(32 if on_cpu else 128, 1 << (length - 1).bit_length())
     num_chunks = -(-length // chunk_size)

@@ -25,10 +25,14 @@ def short_convolution(x, kernel, *, initial_state=None, segment_ids=None):
     check_array("kernel", kernel, {"W": None, "C": num_channels})
     check_segment_ids(segment_ids, {"B": batch_size, "T": length})
     before = kernel.shape[0] - 1
+    shape = (batch_size, before, num_channels)
     if initial_state is None:
-        initial_state = jnp.zeros((batch_size, before, num_channels), x.dtype)
-    elif before:
-        check_array("initial_state", initial_state, {"B": batch_size, "W-1": before, "C": num_channels})
+        initial_state = jnp.zeros(shape, x.dtype)
+    elif initial_state.shape != shape:
+        raise ValueError(f"initial_state must have shape [B, W-1, C] = {list(shape)}, got {list(initial_state.shape)}")
+    for name, array in (("kernel", kernel), ("initial_state", initial_state)):
+        if array.dtype != x.dtype:
+            raise TypeError(f"{name} must have x's dtype {x.dtype}, got {array.dtype}")
     inputs = jnp.concatenate([initial_state, x], axis=1)
     if segment_ids is None:
         return sum(kernel[i] * inputs[:, i : i + length] for i in range(before + 1)), inputs[:, length:]

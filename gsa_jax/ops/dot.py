@@ -12,7 +12,7 @@ def dot(x, y, *, out_dtype=jnp.float32):
 
     float32 factors are multiplied exactly on every platform. bfloat16 and float16 factors are multiplied as they are,
     in the backward pass too: there the cotangent is rounded to their dtype, where plain autodiff would multiply in
-    float32, at half the speed of matrix units or less.
+    float32, at half the speed of matrix units or less. They have no forward-mode derivatives (`jax.jvp`).
     """
     dtype = jnp.promote_types(x.dtype, y.dtype)
     x, y = x.astype(dtype), y.astype(dtype)

@@ -59,4 +59,5 @@ def _call_misfit(chunk_size):
 
 
 def _default_device():
-    return jax.devices()[0].device_kind
+    device = jax.config.jax_default_device or jax.devices()[0]  # the first may be a platform's name
+    return device if isinstance(device, str) else device.device_kind

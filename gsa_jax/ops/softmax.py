@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from gsa_jax.ops.arguments import check_qkv, check_segment_ids, document_starts
+from gsa_jax.ops.arguments import check_array, check_qkv, check_segment_ids, document_starts
 
 SCORES_AT_ONCE = 2**27
 """Scores of queries with keys that `stretch_attention` computes at a time: 0.5 GiB of float32."""
@@ -25,17 +25,18 @@ def softmax_attention(q, k, v, *, window=None, segment_ids=None):
     Raises:
       TypeError, ValueError: an argument has the wrong dtype, shape or value; the message names it.
     """
-    leading, _, _, _ = check_qkv(q, k, v)
+    leading, num_groups, key_size, _ = check_qkv(q, k, v)
+    check_array("v", v, leading | {"G": num_groups, "K": key_size})
     check_segment_ids(segment_ids, leading)
     if window is not None and window < 1:
         raise ValueError(f"window must be at least 1 or None, got {window}")
     if segment_ids is None:
         window = None if window is None else (window - 1, 0)
-        return jax.nn.dot_product_attention(q, k, v, is_causal=True, local_window_size=window)
+        return attention(q, k, v, is_causal=True, local_window_size=window)
     positions = jnp.arange(q.shape[1])
     document = _documents(segment_ids)
     mask = _sees(positions, positions, window) & _same(document, document)
-    return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None])
+    return attention(q, k, v, mask=mask[:, None])
 
 
 def stretch_attention(q, k, v, *, offset, first_key, window=None, segment_ids=None):
@@ -59,7 +60,7 @@ def stretch_attention(q, k, v, *, offset, first_key, window=None, segment_ids=No
     def attend(block):
         q, queries, query_document = block
         mask = (keys + first_key >= 0) & _sees(queries, keys, window) & _same(query_document.T, document)
-        return jax.nn.dot_product_attention(q.swapaxes(0, 1), k, v, mask=mask[:, None]).swapaxes(0, 1)
+        return attention(q.swapaxes(0, 1), k, v, mask=mask[:, None]).swapaxes(0, 1)
 
     blocks = 1
     while batch_size * num_heads * (length // blocks) * k.shape[1] > SCORES_AT_ONCE and length % (2 * blocks) == 0:
@@ -68,6 +69,18 @@ def stretch_attention(q, k, v, *, offset, first_key, window=None, segment_ids=No
     by_token = (q.swapaxes(0, 1), offset + jnp.arange(length), own.T)
     out = lax.map(attend, jax.tree.map(lambda x: x.reshape(blocks, -1, *x.shape[1:]), by_token))
     return out.reshape(length, *out.shape[2:]).swapaxes(0, 1)
+
+
+def attention(q, k, v, **options):
+    """`jax.nn.dot_product_attention`; of float16 in float32 where a platform has no float16 products."""
+
+    def plain(q, k, v):
+        return jax.nn.dot_product_attention(q, k, v, **options)
+
+    def wide(*arrays):
+        return plain(*(x.astype(jnp.float32) for x in arrays)).astype(q.dtype)
+
+    return lax.platform_dependent(q, k, v, cuda=plain, default=wide) if q.dtype == jnp.float16 else plain(q, k, v)
 
 
 def _documents(segment_ids):

@@ -135,6 +135,12 @@ def test_what_can_not_be_continued(lm, prompt, num_tokens, message):
         generate(lm, prompt, num_tokens)
 
 
+@pytest.mark.parametrize("prompt", [[[1.7, 2.2]], np.ones((1, 2), bool)])
+def test_a_prompt_holds_integers(lm, prompt):
+    with pytest.raises(TypeError, match="prompt must hold integers, got"):
+        generate(lm, prompt, 1)
+
+
 def test_blocks_have_at_least_one_token(lm):
     with pytest.raises(ValueError, match="block_size must be at least 1, got 0"):
         next(stream(lm, PROMPT, NUM_TOKENS, block_size=0))

@@ -81,3 +81,10 @@ def test_parameters_are_float32_and_name_their_axes(name, dtype):
         assert parameter.dtype == jnp.float32
         axes = parameter.get_metadata()["axes"]
         assert len(axes) == parameter.ndim and set(axes) <= AXES
+
+
+def test_segment_ids_are_checked_with_a_state_too():
+    layer = VARIANTS["softmax"].build()
+    x = jnp.ones((1, 3, HIDDEN))
+    with pytest.raises(TypeError, match="segment_ids must be an integer array, got float32"):
+        layer(x, layer.init_state(1), jnp.zeros((1, 3)))

@@ -13,6 +13,8 @@ from gsa_jax.ops import (
     gated_linear_attention_step,
     gated_slot_attention,
     gated_slot_attention_step,
+    short_convolution,
+    softmax_attention,
 )
 
 B, T, H, G, K, V, M = 2, 5, 4, 2, 3, 6, 7
@@ -140,3 +142,18 @@ def test_abc(change, error, message):
 def test_errors_come_while_tracing_too():
     with pytest.raises(ValueError, match="k must have shape"):
         jax.eval_shape(gated_slot_attention, *(jax.ShapeDtypeStruct((B, T, G, n), jnp.float32) for n in (K, V, V, M)))
+
+
+def test_a_convolution_has_one_dtype_and_its_state_the_taps_before():
+    x, kernel = jnp.ones((1, 5, 1), jnp.bfloat16), jnp.ones((1, 1), jnp.bfloat16)
+    check(
+        short_convolution, TypeError, "kernel must have x's dtype bfloat16, got float32", x=x, kernel=jnp.ones((2, 1))
+    )
+    state = jnp.ones((1, 3, 1), jnp.bfloat16)
+    message = "initial_state must have shape [B, W-1, C] = [1, 0, 1], got [1, 3, 1]"
+    check(short_convolution, ValueError, message, x=x, kernel=kernel, initial_state=state)
+
+
+def test_values_of_softmax_attention_are_as_wide_as_its_keys():
+    q, v = jnp.ones((B, T, G, K)), jnp.ones((B, T, G, V))
+    check(softmax_attention, ValueError, f"v must have shape [B={B}, T={T}, G={G}, K={K}]", q=q, k=q, v=v)

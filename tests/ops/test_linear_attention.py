@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from gsa_jax.ops import gated_linear_attention_step
+from gsa_jax.ops import gated_linear_attention, gated_linear_attention_step
 from tests.ops.cases import (
     GATES,
     IMPLEMENTATIONS,
@@ -102,3 +102,10 @@ def test_step_by_step(scalar):
 
     outputs, _ = expected(linear_attention, arrays, cotangents)
     assert_close(run(arrays), outputs, TOLERANCE[jnp.float32])
+
+
+def test_sums_that_only_their_scale_brings_into_the_range_of_float16():
+    q = jnp.full((1, 4, 1, 256), 16.0, jnp.float16)
+    gates = jnp.full((1, 4, 1, 256), -100.0)
+    out, _ = gated_linear_attention(q, q, jnp.ones((1, 4, 1, 1), jnp.float16), gates, implementation="chunked")
+    assert jnp.all(out == 256 * 16 * 16 / 16)

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from gsa_jax.ops import softmax_attention
+from tests.helpers import rel_err
 from tests.ops.cases import IMPLEMENTATIONS, OPS, TOLERANCE, Sizes, make_case
 
 
@@ -23,3 +25,11 @@ def test_exports_for_tpu(op, dtype, implementation, monkeypatch):
     if dtype == jnp.bfloat16 and implementation == "chunked":
         products = [line for line in exported.mlir_module().splitlines() if "stablehlo.dot_general" in line]
         assert products and any("bf16" in line for line in products)
+
+
+@pytest.mark.parametrize("segment_ids", [None, jnp.zeros((2, 8), int)], ids=["one document", "packed"])
+def test_softmax_attention_in_float16_where_a_platform_has_no_such_products(segment_ids):
+    q = jax.random.normal(jax.random.key(0), (2, 8, 2, 4))
+    half = jax.jit(softmax_attention)(*[q.astype(jnp.float16)] * 3, segment_ids=segment_ids)
+    assert half.dtype == jnp.float16
+    assert rel_err(half, softmax_attention(q, q, q)) < 2e-3
