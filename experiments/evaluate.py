@@ -37,6 +37,10 @@ class Arguments:
     """folder of a run of experiments.language_model"""
     data: str | None = None
     """text, JSONL or Parquet files: a file, a directory or a glob; the run's validation split by default"""
+    text_field: str | None = None
+    """JSONL field or Parquet column that holds the text; that of the training data by default"""
+    skip_bad: bool = False
+    """skip and count documents that cannot be read, instead of stopping"""
     length: int | None = None
     """tokens of a window; those of a training row by default"""
     batch_size: int = 16
@@ -56,7 +60,9 @@ def main(arguments: Arguments) -> None:
     """Evaluates, prints a table, saves numbers and plot."""
     model, config, step = load_model(arguments.run)
     split = "validation" if arguments.data is None else "all"
-    data = config.data if arguments.data is None else dataclasses.replace(config.data, path=arguments.data)
+    changes = {"path": arguments.data, "text_field": arguments.text_field, "skip_bad": arguments.skip_bad or None}
+    changes = {name: value for name, value in changes.items() if value is not None}
+    data = dataclasses.replace(config.data, **changes)
     whole = arguments.data is None and arguments.max_batches is None
     out = arguments.out or (arguments.run / "evaluation.json" if whole else None)
     out = out and output.json_file(out)
@@ -69,6 +75,8 @@ def main(arguments: Arguments) -> None:
     results |= {"trained_at_length": config.length, "window": length, "max_batches": arguments.max_batches}
     results |= provenance("experiments.evaluate")
     print_table(results)
+    if corpus.skipped:
+        print(f"left out {len(corpus.skipped)} documents; the first: {corpus.skipped[0]}")
     if not out:
         print("\nnot saved; --out FILE.json keeps the numbers and a plot")
         return

@@ -142,6 +142,8 @@ def load_model(run_dir: Path | str) -> tuple[LanguageModel, TrainConfig, int]:
     file = Path(run_dir) / "config.json"
     if not file.is_file():
         raise CheckpointError(f"{run_dir}: expected the folder of a run, there is no config.json")
+    if not file.with_name("checkpoints").is_dir():
+        raise CheckpointError(f"{run_dir}: expected the folder of a run, there are no checkpoints")
     config = TrainConfig.read(file)
     graphdef, params = nnx.split(abstract_model(config.model, dtype=compute_dtype(config.dtype)))
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])

@@ -272,6 +272,8 @@ def _check_model(config: TrainConfig, mesh: Mesh) -> None:
 def _check_run_dir(run_dir: Path, config: TrainConfig, resume: bool) -> None:
     """Refuses to overwrite anything, and to resume a run with settings that its checkpoints don't fit."""
     stored = run_dir / "config.json"
+    if run_dir.exists() and not run_dir.is_dir():
+        raise ConfigError(f"run_dir={config.run_dir!r}: is a file, expected a folder")
     if not resume:
         if jax.process_index() == 0 and run_dir.exists() and any(run_dir.iterdir()):
             raise ConfigError(
