@@ -36,9 +36,12 @@ def read(file: Path, argument: str, *fields: str) -> dict[str, Any]:
         result = json.loads(file.read_text())
     except (OSError, ValueError) as error:
         raise ValueError(f"{argument}: {file} can't be read ({error}), expected JSON that a script wrote") from error
-    missing = [field for field in fields if not isinstance(result, dict) or field not in result]
+    there = result if isinstance(result, dict) else {}
+    missing = [field for field in fields if field not in there]
     if missing:
         raise ValueError(f"{argument}: {file} has no {missing[0]!r}, expected a file with {', '.join(fields)}")
+    if there is not result:
+        raise ValueError(f"{argument}: {file} holds a {type(result).__name__}, expected an object that a script wrote")
     return result
 
 

@@ -28,8 +28,12 @@ def short_convolution(x, kernel, *, initial_state=None, segment_ids=None):
     shape = (batch_size, before, num_channels)
     if initial_state is None:
         initial_state = jnp.zeros(shape, x.dtype)
-    elif initial_state.shape != shape:
-        raise ValueError(f"initial_state must have shape [B, W-1, C] = {list(shape)}, got {list(initial_state.shape)}")
+    elif before:
+        check_array("initial_state", initial_state, {"B": batch_size, "W-1": before, "C": num_channels})
+    elif jnp.shape(initial_state) != shape:  # an empty array, which `check_array` refuses
+        raise ValueError(
+            f"initial_state must have shape [B, W-1, C] = {list(shape)}, got {list(jnp.shape(initial_state))}"
+        )
     for name, array in (("kernel", kernel), ("initial_state", initial_state)):
         if array.dtype != x.dtype:
             raise TypeError(f"{name} must have x's dtype {x.dtype}, got {array.dtype}")
