@@ -1,9 +1,15 @@
 """What the scripts share: mistakes of the user end in a message and exit code 2."""
 
 import contextlib
+import dataclasses
 import os
 import sys
 from collections.abc import Iterator
+
+
+def replaced[Config](config: Config, **changes) -> Config:
+    """The dataclass with `changes` in place of its own fields, but for those that are None."""
+    return dataclasses.replace(config, **{name: value for name, value in changes.items() if value is not None})
 
 
 def check_text(name: str, text: str) -> None:

@@ -7,7 +7,6 @@ Documents are read in windows, one after another, with the state carried over, s
 result is also broken down by the position in the document: does the model hold its loss where it was never trained?
 """
 
-import dataclasses
 import itertools
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from jax import lax
 from rich.progress import track
 
 from experiments import output
-from experiments.command_line import user_errors
+from experiments.command_line import replaced, user_errors
 from experiments.provenance import provenance
 from gsa_jax.layers.checks import check_numbers
 from gsa_jax.training import ConfigError, load_model
@@ -60,9 +59,8 @@ def main(arguments: Arguments) -> None:
     """Evaluates, prints a table, saves numbers and plot."""
     model, config, step = load_model(arguments.run)
     split = "validation" if arguments.data is None else "all"
-    changes = {"path": arguments.data, "text_field": arguments.text_field, "skip_bad": arguments.skip_bad or None}
-    changes = {name: value for name, value in changes.items() if value is not None}
-    data = dataclasses.replace(config.data, **changes)
+    skip_bad = arguments.skip_bad or None
+    data = replaced(config.data, path=arguments.data, text_field=arguments.text_field, skip_bad=skip_bad)
     whole = arguments.data is None and arguments.max_batches is None
     out = arguments.out or (arguments.run / "evaluation.json" if whole else None)
     out = out and output.json_file(out)

@@ -16,7 +16,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from experiments.command_line import user_errors
+from experiments.command_line import replaced, user_errors
 from gsa_jax.layers.checks import check_numbers
 from gsa_jax.sharding import MESH_AXES
 from gsa_jax.training import ConfigError, MeshConfig, TrainConfig, recipe
@@ -55,10 +55,9 @@ class Arguments:
     def config(self) -> TrainConfig:
         """The run: the recipe with what was asked for instead of its own."""
         config = recipe(self.preset)
-        changes = {"batch_size": self.batch_size, "length": self.length}
-        changes = {name: value for name, value in changes.items() if value is not None}
-        model = dataclasses.replace(config.model, remat=self.remat or config.model.remat)
-        return dataclasses.replace(config, model=model, mesh=self.mesh, accumulation=self.accumulation, **changes)
+        model = replaced(config.model, remat=self.remat)
+        sizes = {"batch_size": self.batch_size, "length": self.length, "accumulation": self.accumulation}
+        return replaced(config, model=model, mesh=self.mesh, **sizes)
 
 
 def main(arguments: Arguments) -> None:

@@ -1,6 +1,5 @@
 """What `experiments.benchmarks.model` measures, each in a process of its own."""
 
-import dataclasses
 import functools
 import statistics
 import time
@@ -12,6 +11,7 @@ import numpy as np
 from flax import nnx
 
 from experiments.benchmarks.timing import time_calls
+from experiments.command_line import replaced
 from experiments.provenance import provenance
 from gsa_jax.generation import stream
 from gsa_jax.models import ModelConfig, abstract_model, count_parameters, preset
@@ -37,7 +37,7 @@ BLOCK = 16
 
 def changed_preset(name: str, **changes: Any) -> ModelConfig:
     """The preset of that name with `changes` in place of its own settings, but for those that are None."""
-    return dataclasses.replace(preset(name), **{key: value for key, value in changes.items() if value is not None})
+    return replaced(preset(name), **changes)
 
 
 def about(script: str, config: ModelConfig) -> dict[str, Any]:
