@@ -22,6 +22,7 @@ exact in values and gradients without a special case.
 Layout inside this file: queries [B, G, N, R, C, ·] and everything written [B, G, N, 1, C, ·], N chunks side by side.
 """
 
+import operator
 from typing import NamedTuple
 
 import jax
@@ -70,20 +71,33 @@ def gated_linear_attention(q, k, v, log_decay, *, scale, initial_state, chunk_si
 
 def chunk_decays(log_decay):
     """`Decays` of log_decay [..., C, M]."""
-    log_decays = _sums_by_doubling if jax.default_backend() == "cpu" else _sums_by_products
-    return jax.tree.map(jnp.exp, log_decays(log_decay))
+    if jax.default_backend() == "cpu":
+        return _products_of_gates(log_decay)
+    return jax.tree.map(jnp.exp, _sums_by_products(log_decay))
 
 
-def _sums_by_doubling(log_decay):
-    """The logarithms of `Decays`: the sums over a block come from those over its halves."""
-    since_start, until_end = log_decay, jnp.zeros_like(log_decay)
+@jax.custom_jvp
+def _products_of_gates(log_decay):
+    return _by_doubling(operator.mul, jnp.exp(log_decay), jnp.ones_like(log_decay))
+
+
+@_products_of_gates.defjvp
+def _products_of_gates_jvp(log_decay, tangent):
+    """A product's derivative is the product times the sum of its logarithms' derivatives."""
+    decays = _products_of_gates(*log_decay)
+    sums = _by_doubling(operator.add, *tangent, jnp.zeros_like(*tangent))
+    return decays, jax.tree.map(jnp.multiply, decays, sums)
+
+
+def _by_doubling(combine, since_start, until_end):
+    """`Decays` from those of blocks of one token: a block's come from its halves', one after the other."""
     halves, half = [], 1
-    while half < log_decay.shape[-2]:
+    while half < since_start.shape[-2]:
         (earlier_since, since), (until, later_until) = _halves(since_start, half), _halves(until_end, half)
         halves.append((since, until))
-        since_start = _join(earlier_since, since + earlier_since[..., -1:, :])
-        until_end = _join(until + since[..., -1:, :], later_until)
-        # A kernel a level: XLA would fuse them all, and compute each level's sums again for every level above it.
+        since_start = _join(earlier_since, combine(since, earlier_since[..., -1:, :]))
+        until_end = _join(combine(until, since[..., -1:, :]), later_until)
+        # A kernel a level: XLA would fuse them all, and compute each level's again for every level above it.
         since_start, until_end = lax.optimization_barrier((since_start, until_end))
         half *= 2
     return Decays(halves, since_start, until_end)
@@ -241,6 +255,6 @@ def _join(earlier, later):
 
 def _block_dot(x, y, dtype):
     """x @ y of the blocks of one level; blocks too small for matrix units are multiplied and summed as they are."""
-    if min(x.shape[-2], y.shape[-2], y.shape[-1]) < 8:
+    if jax.default_backend() != "cpu" and min(x.shape[-2], y.shape[-2], y.shape[-1]) < 8:
         return jnp.sum(x[..., :, :, None] * y[..., None, :, :], axis=-2)
     return dot(x.astype(dtype), y.astype(dtype))
