@@ -92,7 +92,7 @@ class GatedSlotAttention(Mixer):
             segment_ids=segment_ids,
             implementation=self.implementation,
         )
-        y = self.out(self.norm(jax.nn.swish(merge_heads(out))))
+        y = self.out(self.norm(merge_heads(out), swish=True))
         return y, SlotAttentionState(memory, conv_state, gate_state)
 
     def log_decay(self, x, gate_state, segment_ids):

@@ -11,6 +11,7 @@ from jax import lax
 
 from gsa_jax.layers import MIXERS, RMSNorm, SwiGLU, lower_bounds
 from gsa_jax.layers.linear import linear
+from gsa_jax.layers.norm import add
 from gsa_jax.models.config import ModelConfig
 from gsa_jax.ops.dot import dot
 from gsa_jax.sharding import constrain
@@ -32,9 +33,12 @@ class Block(nnx.Module):
 
     def __call__(self, x, state, segment_ids, **mixer_inputs):
         """x [B, T, D] -> (x [B, T, D], the mixer's new state)."""
-        y, state = self.mixer(self.mixer_norm(x), state, segment_ids, **mixer_inputs)
-        x = _add(x, y)
-        return (_add(x, self.mlp(self.mlp_norm(x))) if self.has_mlp else x), state
+        x, normed = self.mixer_norm.of_sum(x)
+        y, state = self.mixer(normed, state, segment_ids, **mixer_inputs)
+        if not self.has_mlp:
+            return add(x, y), state
+        x, normed = self.mlp_norm.of_sum(x, y)
+        return add(x, self.mlp(normed)), state
 
 
 class LanguageModel(nnx.Module):
@@ -198,11 +202,6 @@ class LanguageModel(nnx.Module):
         if "hgrn2" not in self.config.mixers:
             return None
         return lower_bounds(self.lower_bounds[...]).reshape(self.num_repeats, len(self.config.mixers), -1)
-
-
-def _add(x, y):
-    """x + y. Of many tokens it is a kernel of its own: the product that y comes from would add to a copy of x."""
-    return x + (lax.optimization_barrier(y) if x.shape[1] > 1 else y)
 
 
 def _in_a_row(repeat, x, layers):

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from gsa_jax.ops.arguments import forget_at_document_starts
-from pallas_kernels import linear_attention, slot_attention
+from pallas_kernels import linear_attention, rms_norm, slot_attention
 
 
 def slot_attention_misfit(q, k, v, log_decay, chunk_size):
@@ -17,6 +17,11 @@ def slot_attention_misfit(q, k, v, log_decay, chunk_size):
 def linear_attention_misfit(q, k, v, chunk_size):
     """As `slot_attention_misfit`."""
     return _call_misfit(chunk_size) or linear_attention.misfit(q, k, v)
+
+
+def rms_norm_misfit(x, mesh=None):
+    """As `slot_attention_misfit`, of `rms_norm` for x [..., D]; with a mesh, of each of its devices alone."""
+    return (_call_misfit(None) if mesh is None else _device_misfit(mesh)) or rms_norm.misfit(x)
 
 
 def gated_slot_attention(q, k, v, log_decay, write, *, scale, initial_state, segment_ids):
@@ -52,6 +57,10 @@ def _call_misfit(chunk_size):
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.size > 1 and not _all_manual(mesh):
         return f"XLA can't spread a kernel over the devices of the mesh {dict(mesh.shape)}: use jax.shard_map"
+    return _device_misfit(mesh)
+
+
+def _device_misfit(mesh):
     device = mesh.abstract_device.device_kind if mesh.abstract_device else _default_device()
     if not re.search(r"\b(G?H[128]00|H20)\b", device):
         return f"the kernels need a Hopper GPU, such as an H100 or H200, and the device is {device!r}"

@@ -16,8 +16,9 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from gsa_jax import ops
-from gsa_jax.ops import context
+from gsa_jax.ops import context, pallas
 from gsa_jax.sharding import BATCH, MESH_AXES, RULES, without_single_devices
+from pallas_kernels import rms_norm as kernels
 
 TOKENS = P(*BATCH, RULES["heads"])
 """How arrays [B, T, heads, ...] and [B, T, channels] are cut."""
@@ -90,4 +91,22 @@ short_convolution = _over_mesh(
 )
 softmax_attention = _over_mesh(
     ops.softmax_attention, context.softmax_attention, dict.fromkeys("qkv", TOKENS) | {"segment_ids": BATCH}, TOKENS
+)
+
+
+def rms_norm_fits(x):
+    """Whether `rms_norm` and `rms_norm_of_sum`, which are kernels for Hopper GPUs, take x [B, T, ..., D]."""
+    mesh = _active_mesh()
+    if mesh is None:
+        return not pallas.spreads() and pallas.rms_norm_misfit(x) is None
+    parts = [math.prod(mesh.shape[axis] for axis in RULES[name]) for name in ("batch", "length")]
+    if mesh.shape["tensor"] > 1 or any(size % n for size, n in zip(x.shape, parts, strict=False)):
+        return False
+    part = jax.ShapeDtypeStruct((x.shape[0] // parts[0], x.shape[1] // parts[1], *x.shape[2:]), x.dtype)
+    return pallas.rms_norm_misfit(part, mesh) is None
+
+
+rms_norm = _over_mesh(kernels.rms_norm, kernels.rms_norm, {"x": BATCH, "scale": P()}, BATCH)
+rms_norm_of_sum = _over_mesh(
+    kernels.rms_norm_of_sum, kernels.rms_norm_of_sum, {"x": BATCH, "update": BATCH, "scale": P()}, (BATCH, BATCH)
 )
