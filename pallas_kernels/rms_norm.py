@@ -1,4 +1,4 @@
-"""RMSNorm on Hopper GPUs, forward and backward: every array is read or written once, a row by a warp."""
+"""RMSNorm on Hopper GPUs, forward and backward: every array is read or written once, a row by a warpgroup."""
 
 import functools
 import math
@@ -11,33 +11,26 @@ from jax import lax
 
 from pallas_kernels import tiles
 
-ROWS = 4
-"""that a warpgroup does at a time, one by each of its warps"""
-COLUMNS = 128
-"""The width is a multiple of it: 32 lanes with 16 bytes of float32 each."""
-WIDEST = 2560
-"""columns that a warp holds in registers"""
-FORWARD, BACKWARD = 4, 2
-"""warpgroups in a block, by the registers that they want"""
-LAYOUT = plgpu.Layout.TILED(
-    plgpu.Tiling(((ROWS, COLUMNS), (COLUMNS // 32,))), warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1
-)
-
-
-FEWEST = ROWS * tiles.MULTIPROCESSORS
+COLUMNS = 512
+"""The width is a multiple of it: 128 threads with 16 bytes of float32 each."""
+WIDEST = 4096
+"""columns that a warpgroup holds in registers"""
+FORWARD, BACKWARD = 8, 4
+"""blocks of one warpgroup on a multiprocessor, by the registers that a thread wants"""
+FEWEST = 4 * tiles.MULTIPROCESSORS
 """rows, below which a kernel of its own is not worth its start"""
 
 
 def misfit(x):
     """Why the kernels can't take x [..., D], None if they can."""
     *leading, width = x.shape
-    rows = math.prod(leading)
+    num_rows = math.prod(leading)
     if x.dtype not in (jnp.bfloat16, jnp.float16):
         return f"x must be bfloat16 or float16, got {x.dtype}"
     if width % COLUMNS or width > WIDEST:
         return f"the width must be a multiple of {COLUMNS} up to {WIDEST}, got {width}"
-    if rows % ROWS or rows < FEWEST:
-        return f"the rows must be a multiple of {ROWS}, {FEWEST} at least, got {rows}"
+    if num_rows % _rows_at_once(width) or num_rows < FEWEST:
+        return f"there must be {FEWEST} rows at least, a multiple of {_rows_at_once(width)}, got {num_rows}"
     return None
 
 
@@ -104,7 +97,7 @@ def _forward(x, update, scale, epsilon, swish):
 
     dtype = x.dtype
     operands = (x,) if update is None else (x, update)
-    return _row_kernel("rms_norm", body, scale, operands, num_outputs=len(operands), warpgroups=FORWARD)
+    return _row_kernel("rms_norm", body, scale, operands, num_outputs=len(operands), occupancy=FORWARD)
 
 
 def _backward(x, scale, d_out, d_total, epsilon, swish):
@@ -128,51 +121,61 @@ def _backward(x, scale, d_out, d_total, epsilon, swish):
 
     dtype, width = x.dtype, x.shape[-1]
     operands = (x, d_out) if d_total is None else (x, d_out, d_total)
-    dx, d_scale = _row_kernel("rms_norm_backward", body, scale, operands, num_outputs=1, sums=True, warpgroups=BACKWARD)
+    dx, d_scale = _row_kernel("rms_norm_backward", body, scale, operands, num_outputs=1, sums=True, occupancy=BACKWARD)
     return dx, d_scale.sum((0, 1))
 
 
-def _row_kernel(name, body, scale, operands, *, num_outputs, warpgroups, sums=False):
+def _row_kernel(name, body, scale, operands, *, num_outputs, occupancy, sums=False):
     """A kernel over all rows of arrays [..., D]; with `sums` it adds up [D] in float32 besides, in parts.
 
-    `body(rows, sums, scale, *refs)` does the `ROWS` rows `rows` of operands and outputs, references to [all rows, D],
-    and returns the sums with theirs added; `scale()` is the scale in each row.
+    `body(rows, sums, scale, *refs)` does some rows, `rows`, of operands and outputs, references to [all rows, D], and
+    returns the sums with theirs added; `scale()` is the scale in each row.
     """
     shape, dtype = operands[0].shape, operands[0].dtype
     width, num_rows = shape[-1], operands[0].size // shape[-1]
-    blocks = min(tiles.MULTIPROCESSORS, pl.cdiv(num_rows // ROWS, warpgroups))
+    at_once = _rows_at_once(width)
+    turns = num_rows // at_once
+    blocks = min(tiles.MULTIPROCESSORS * occupancy, turns)
 
-    def every_warpgroup(scale_ref, *refs):
-        block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
-        first, stride = block * warpgroups + warpgroup, blocks * warpgroups
+    def every_block(scale_ref, *refs):
+        block = lax.axis_index("block")
 
         def scale():
-            row = plgpu.load(scale_ref, layout=LAYOUT.reduce(0), optimized=False)
-            return lax.broadcast_in_dim(row, (ROWS, width), [1])
+            row = plgpu.load(scale_ref, layout=_layout(width).reduce(0), optimized=False)
+            return lax.broadcast_in_dim(row, (at_once, width), [1])
 
-        def some_rows(step, so_far):
-            return body(pl.ds((first + step * stride) * ROWS, ROWS), so_far, scale, *rows_refs)
+        def some_rows(turn, so_far):
+            return body(pl.ds((block + turn * blocks) * at_once, at_once), so_far, scale, *rows_refs)
 
         *rows_refs, sums_ref = refs if sums else (*refs, None)
-        start = plgpu.layout_cast(jnp.zeros((ROWS, width), jnp.float32), LAYOUT) if sums else None
-        total = lax.fori_loop(0, lax.div(num_rows // ROWS - first + stride - 1, stride), some_rows, start)
+        start = plgpu.layout_cast(jnp.zeros((at_once, width), jnp.float32), _layout(width)) if sums else None
+        total = lax.fori_loop(0, lax.div(turns - block + blocks - 1, blocks), some_rows, start)
         if sums:
-            sums_ref[block, pl.ds(warpgroup * ROWS, ROWS)] = total
+            sums_ref[block] = total
 
-    outputs = [((num_rows, width), dtype)] * num_outputs
-    outputs += [((blocks, warpgroups * ROWS, width), jnp.float32)] * sums
-    results = tiles.kernel(
-        name, every_warpgroup, *outputs, grid={"block": blocks}, num_threads=warpgroups, thread_name="warpgroup"
-    )(scale, *(x.reshape(num_rows, width) for x in operands))
+    outputs = [((num_rows, width), dtype)] * num_outputs + [((blocks, at_once, width), jnp.float32)] * sums
+    operands = (scale, *(x.reshape(num_rows, width) for x in operands))
+    results = tiles.kernel(name, every_block, *outputs, grid={"block": blocks})(*operands)
     return tuple(x.reshape(shape) for x in results[:num_outputs]) + tuple(results[num_outputs:])
 
 
+def _rows_at_once(width):
+    """How many rows a warpgroup does at a time: 16 columns and more for each thread."""
+    return max(1, 2048 // width)
+
+
+def _layout(width):
+    """How threads share rows [rows at once, width]: neighbours have neighbouring columns, every thread has all rows."""
+    tiling = plgpu.Tiling(((_rows_at_once(width), COLUMNS), (COLUMNS // 4,), (COLUMNS // 128,)))
+    return plgpu.Layout.TILED(tiling, warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1)
+
+
 def _load(ref, rows):
-    return plgpu.load(ref.at[rows], layout=LAYOUT, optimized=False).astype(jnp.float32)
+    return plgpu.load(ref.at[rows], layout=_layout(ref.shape[-1]), optimized=False).astype(jnp.float32)
 
 
 def _along_rows(x, width):
-    return lax.broadcast_in_dim(x, (ROWS, width), [0])
+    return lax.broadcast_in_dim(x, (x.shape[0], width), [0])
 
 
 def _inverse_size(h, epsilon):

@@ -8,13 +8,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.sharding import PartitionSpec as P
 
 from gsa_jax.layers import MIXERS, RMSNorm, SwiGLU, lower_bounds
 from gsa_jax.layers.linear import linear
 from gsa_jax.layers.norm import add
 from gsa_jax.models.config import ModelConfig
 from gsa_jax.ops.dot import dot
-from gsa_jax.sharding import constrain
+from gsa_jax.sharding import BATCH, constrain, token_axes, without_single_devices
 
 
 class Block(nnx.Module):
@@ -112,13 +113,9 @@ class LanguageModel(nnx.Module):
         return self.norm(x), state
 
     def _embed(self, tokens):
-        """The tokens' rows of the table, which is gathered in `dtype`; only a split of the vocabulary stays.
-
-        They are taken in float32, so that their gradients are added up in float32: thousands in a row of the table.
-        """
+        """The tokens' rows of the table, which is gathered in `dtype`; only a split of the vocabulary stays."""
         table = constrain(self.embedding.embedding[...].astype(self.dtype), "vocab", "embed")
-        table = constrain(table, "vocab", None).astype(jnp.float32)
-        return jnp.take(table, tokens, axis=0).astype(self.dtype)
+        return _look_up(constrain(table, "vocab", None), tokens)
 
     def logits(self, hidden):
         """hidden [..., D] -> logits [..., vocab] in float32."""
@@ -202,6 +199,28 @@ class LanguageModel(nnx.Module):
         if "hgrn2" not in self.config.mixers:
             return None
         return lower_bounds(self.lower_bounds[...]).reshape(self.num_repeats, len(self.config.mixers), -1)
+
+
+def _look_up(table, tokens):
+    """Rows of a table [vocab, D], each device those of its own tokens.
+
+    They are taken in float32, so that a device adds up their gradients in float32: thousands in a row of the table.
+    What the devices have then is summed in the table's dtype, as gradients of other parameters are.
+    """
+
+    def take(table, tokens):
+        return jnp.take(table.astype(jnp.float32), tokens, axis=0).astype(table.dtype)
+
+    axes = token_axes()
+    if not axes:
+        return take(table, tokens)
+    spec = without_single_devices(BATCH, jax.sharding.get_abstract_mesh())
+    return jax.shard_map(
+        lambda table, tokens: take(lax.pcast(table, axes, to="varying"), tokens),
+        in_specs=(P(), spec),
+        out_specs=spec,
+        axis_names=set(axes),
+    )(table, tokens)
 
 
 def _in_a_row(repeat, x, layers):

@@ -25,6 +25,8 @@ UNROLLED = {
         # copies, and no Triton kernel is tried for each layer's products anew: on an H200 gsa-1.3b compiles in 26 s
         # instead of 94. A loop is faster with Triton: its step took 287 ms, without 318.
         "xla_gpu_enable_triton_gemm": False,
+        # Two products with one factor stay two: to make one of them XLA copies the others side by side, 0.7 of 247 ms.
+        "xla_gpu_dot_merger_threshold_mb": 0,
     }
 }
 """For models without a loop over their depth, by platform."""

@@ -70,7 +70,13 @@ def test_in_the_interpreter(interpreted, form, dtype):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(
     ("shape", "dtype"),
-    [((8, 2048, 2048), BF16), ((3, 1236, 256), F16), ((1, 700, 4, 1024), BF16), ((2, 500, 2560), BF16)],
+    [
+        ((8, 2048, 2048), BF16),
+        ((3, 1236, 512), F16),
+        ((1, 700, 4, 1024), BF16),
+        ((2, 500, 2560), BF16),
+        ((1, 700, 4096), BF16),
+    ],
 )
 def test_on_a_gpu(form, shape, dtype):
     check(form, shape, dtype)
@@ -102,7 +108,7 @@ def layer(width, dtype=BF16):
     return RMSNorm(width, dtype=dtype, rngs=nnx.Rngs(0))
 
 
-@pytest.mark.parametrize(("width", "dtype"), [(256, BF16), (1024, F16), (2560, BF16)])
+@pytest.mark.parametrize(("width", "dtype"), [(512, BF16), (1024, F16), (2560, BF16), (4096, BF16)])
 def test_lowers(width, dtype):
     assert forward_backward(layer(width, dtype), stream(width, dtype)) == 2
     definition, parameters = nnx.split(layer(width, dtype))
@@ -116,7 +122,7 @@ def test_lowers(width, dtype):
 
 @pytest.mark.parametrize(
     "x",
-    [stream(320), stream(4096), stream(512, jnp.float32), stream(512, tokens=(4, 1)), stream(512, tokens=(3, 333))],
+    [stream(320), stream(6144), stream(512, jnp.float32), stream(512, tokens=(4, 1)), stream(512, tokens=(3, 333))],
     ids=lambda x: f"{x.shape}-{x.dtype}",
 )
 def test_xla_where_the_kernels_do_not_fit(x):
