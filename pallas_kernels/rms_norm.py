@@ -15,8 +15,9 @@ COLUMNS = 512
 """The width is a multiple of it: 128 threads with 16 bytes of float32 each."""
 WIDEST = 4096
 """columns that a warpgroup holds in registers"""
-FORWARD, BACKWARD = 8, 4
-"""blocks of one warpgroup on a multiprocessor, by the registers that a thread wants"""
+FORWARD, BACKWARD = 10, 5
+"""blocks of one warpgroup that a multiprocessor has registers for"""
+FORWARD_SWISH, BACKWARD_SWISH = 8, 4
 FEWEST = 4 * tiles.MULTIPROCESSORS
 """rows, below which a kernel of its own is not worth its start"""
 
@@ -97,7 +98,9 @@ def _forward(x, update, scale, epsilon, swish):
 
     dtype = x.dtype
     operands = (x,) if update is None else (x, update)
-    return _row_kernel("rms_norm", body, scale, operands, num_outputs=len(operands), occupancy=FORWARD)
+    return _row_kernel(
+        "rms_norm", body, scale, operands, num_outputs=len(operands), occupancy=FORWARD_SWISH if swish else FORWARD
+    )
 
 
 def _backward(x, scale, d_out, d_total, epsilon, swish):
@@ -121,7 +124,15 @@ def _backward(x, scale, d_out, d_total, epsilon, swish):
 
     dtype, width = x.dtype, x.shape[-1]
     operands = (x, d_out) if d_total is None else (x, d_out, d_total)
-    dx, d_scale = _row_kernel("rms_norm_backward", body, scale, operands, num_outputs=1, sums=True, occupancy=BACKWARD)
+    dx, d_scale = _row_kernel(
+        "rms_norm_backward",
+        body,
+        scale,
+        operands,
+        num_outputs=1,
+        sums=True,
+        occupancy=BACKWARD_SWISH if swish else BACKWARD,
+    )
     return dx, d_scale.sum((0, 1))
 
 

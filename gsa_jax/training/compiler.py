@@ -13,7 +13,7 @@ OVERLAP = {
         "xla_gpu_enable_latency_hiding_scheduler": True,
         "xla_gpu_all_gather_combine_threshold_bytes": _MESSAGE,
         "xla_gpu_reduce_scatter_combine_threshold_bytes": _MESSAGE,
-        "xla_gpu_all_reduce_combine_threshold_bytes": _MESSAGE,
+        "xla_gpu_all_reduce_combine_threshold_bytes": _MESSAGE // 2,
     }
 }
 """For programs of several devices, by platform, so that they compute while they communicate: docs/sharding.md says what
