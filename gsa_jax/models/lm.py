@@ -14,6 +14,7 @@ from gsa_jax.layers import MIXERS, RMSNorm, SwiGLU, lower_bounds
 from gsa_jax.layers.linear import linear
 from gsa_jax.layers.norm import add
 from gsa_jax.models.config import ModelConfig
+from gsa_jax.ops import sharded
 from gsa_jax.ops.dot import dot
 from gsa_jax.sharding import BATCH, constrain, token_axes, without_single_devices
 
@@ -214,7 +215,9 @@ def _look_up(table, tokens):
     axes = token_axes()
     if not axes:
         return take(table, tokens)
-    spec = without_single_devices(BATCH, jax.sharding.get_abstract_mesh())
+    mesh = jax.sharding.get_abstract_mesh()
+    sharded.check_divides(mesh, BATCH, "tokens", tokens)
+    spec = without_single_devices(BATCH, mesh)
     return jax.shard_map(
         lambda table, tokens: take(lax.pcast(table, axes, to="varying"), tokens),
         in_specs=(P(), spec),

@@ -51,7 +51,7 @@ def _over_mesh(op, part, in_specs, out_specs):
         options = inspect.signature(op).bind(*args, **kwargs).arguments
         arrays = {name: options.pop(name) for name in in_specs if options.get(name) is not None}
         for name, array in arrays.items():
-            _check_divides(mesh, specs[name], name, array)
+            check_divides(mesh, specs[name], name, array)
         on_device = part if mesh.shape["context"] > 1 else op
         return jax.shard_map(
             lambda arrays: on_device(**arrays, **options),
@@ -62,7 +62,8 @@ def _over_mesh(op, part, in_specs, out_specs):
     return over_mesh
 
 
-def _check_divides(mesh, spec, argument, arrays):
+def check_divides(mesh, spec, argument, arrays):
+    """Raises a ValueError, which names the argument, unless the mesh can cut its arrays as `spec` says."""
     for array in jax.tree.leaves(arrays):
         for axis, (size, names) in enumerate(zip(array.shape, spec, strict=False)):
             names = (names,) if isinstance(names, str) else names or ()

@@ -5,8 +5,8 @@ import jax
 from gsa_jax.models import ModelConfig
 
 _MESSAGE = 2**27
-"""Bytes up to which collectives of one kind become one: enough for the full rate of links, and soon on their way. Sums of
-gradients, of which a device sends and gets all, go in halves of that."""
+"""Bytes up to which collectives of one kind become one: enough for the full rate of links, and soon on their way. Sums,
+of which a device sends and gets all the bytes, go in halves of that."""
 
 OVERLAP = {
     "gpu": {
