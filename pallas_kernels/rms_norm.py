@@ -16,7 +16,7 @@ COLUMNS = 512
 WIDEST = 4096
 """columns that a warpgroup holds in registers"""
 FORWARD, BACKWARD = 10, 5
-"""blocks of one warpgroup that a multiprocessor has registers for"""
+"""blocks of one warpgroup that a multiprocessor has registers for at width 2048"""
 FORWARD_SWISH, BACKWARD_SWISH = 8, 4
 FEWEST = 4 * tiles.MULTIPROCESSORS
 """rows, below which a kernel of its own is not worth its start"""
@@ -160,7 +160,7 @@ def _row_kernel(name, body, scale, operands, *, num_outputs, occupancy, sums=Fal
 
         *rows_refs, sums_ref = refs if sums else (*refs, None)
         start = plgpu.layout_cast(jnp.zeros((at_once, width), jnp.float32), _layout(width)) if sums else None
-        total = lax.fori_loop(0, lax.div(turns - block + blocks - 1, blocks), some_rows, start)
+        total = lax.fori_loop(0, (turns - block + blocks - 1) // blocks, some_rows, start)
         if sums:
             sums_ref[block] = total
 
@@ -171,7 +171,7 @@ def _row_kernel(name, body, scale, operands, *, num_outputs, occupancy, sums=Fal
 
 
 def _rows_at_once(width):
-    """How many rows a warpgroup does at a time: 16 columns and more for each thread."""
+    """How many rows a warpgroup does at a time: 12 numbers and more for each thread."""
     return max(1, 2048 // width)
 
 

@@ -23,7 +23,7 @@ class Block(nnx.Module):
     """x + mixer(norm(x)), then x + SwiGLU(norm(x))."""
 
     def __init__(self, config: ModelConfig, mixer: str, *, dtype, rngs):
-        norm = functools.partial(RMSNorm, config.hidden_size, epsilon=config.norm_epsilon, dtype=dtype, rngs=rngs)
+        norm = functools.partial(_norm, config, dtype, rngs)
         self.mixer_norm = norm()
         self.mixer = MIXERS[mixer](
             config.hidden_size, getattr(config, mixer), implementation=config.implementation, dtype=dtype, rngs=rngs
@@ -69,7 +69,7 @@ class LanguageModel(nnx.Module):
         if "hgrn2" in config.mixers:
             shape = (config.num_layers, config.hidden_size)
             self.lower_bounds = nnx.Param(jnp.zeros(shape, jnp.float32), axes=("heads",))
-        self.norm = RMSNorm(config.hidden_size, epsilon=config.norm_epsilon, dtype=dtype, rngs=rngs)
+        self.norm = _norm(config, dtype, rngs)
         if not config.tie_embeddings:
             self.head = linear(config.hidden_size, config.vocab_size, ("embed", "vocab"), dtype=dtype, rngs=rngs)
 
@@ -202,15 +202,23 @@ class LanguageModel(nnx.Module):
         return lower_bounds(self.lower_bounds[...]).reshape(self.num_repeats, len(self.config.mixers), -1)
 
 
+def _norm(config, dtype, rngs):
+    options = {"epsilon": config.norm_epsilon, "implementation": config.implementation}
+    return RMSNorm(config.hidden_size, dtype=dtype, rngs=rngs, **options)
+
+
 def _look_up(table, tokens):
     """Rows of a table [vocab, D], each device those of its own tokens.
 
     They are taken in float32, so that a device adds up their gradients in float32: thousands in a row of the table.
-    What the devices have then is summed in the table's dtype, as gradients of other parameters are.
+    What the devices have then is summed in the table's dtype, as gradients of other parameters are; on CPUs in float32:
+    XLA for CPUs aborts when such a sum is in bfloat16.
     """
+    dtype = table.dtype
+    table = table.astype(jnp.float32) if jax.default_backend() == "cpu" else table
 
     def take(table, tokens):
-        return jnp.take(table.astype(jnp.float32), tokens, axis=0).astype(table.dtype)
+        return jnp.take(table.astype(jnp.float32), tokens, axis=0).astype(dtype)
 
     axes = token_axes()
     if not axes:

@@ -17,7 +17,8 @@ between the halves
     D_ij = prod(a[border..i]) · prod(a[j+1..border-1])
 
 has two factors in [0, 1]. Their logarithms are sums that never cancel, so that every log decay <= 0, -inf included, is
-exact in values and gradients without a special case.
+exact in values and gradients without a special case. CPUs multiply the gates themselves, as the scan does: one
+exponential each, and one rounding.
 
 Layout inside this file: queries [B, G, N, R, C, ·] and everything written [B, G, N, 1, C, ·], N chunks side by side.
 """
@@ -254,7 +255,7 @@ def _join(earlier, later):
 
 
 def _block_dot(x, y, dtype):
-    """x @ y of the blocks of one level; blocks too small for matrix units are multiplied and summed as they are."""
+    """x @ y of the blocks of one level; but for CPUs, those too small for matrix units are multiplied and summed."""
     if jax.default_backend() != "cpu" and min(x.shape[-2], y.shape[-2], y.shape[-1]) < 8:
         return jnp.sum(x[..., :, :, None] * y[..., None, :, :], axis=-2)
     return dot(x.astype(dtype), y.astype(dtype))

@@ -3,8 +3,9 @@
 Under `jax.set_mesh(mesh)`, with the axes `MESH_AXES`, rows are cut over data and fsdp, heads over tensor, and tokens
 over context (what the parts of a sequence exchange is in `gsa_jax.ops.context`). A call is a `jax.shard_map` with all
 axes manual, so XLA has nothing to spread, and kernels run inside. Arguments and results are arrays of the whole shape:
-each function here means what its namesake of `gsa_jax.ops` does, and takes the same arguments. It is its namesake where
-there is no such mesh, on a mesh of one device, and where a `jax.shard_map` is around already.
+each function here means what its namesake of `gsa_jax.ops` does, or of `pallas_kernels.rms_norm`, and takes the same
+arguments. It is its namesake where there is no such mesh, on a mesh of one device, and where a `jax.shard_map` is
+around already.
 """
 
 import functools
@@ -101,7 +102,7 @@ def rms_norm_fits(x):
     if mesh is None:
         return not pallas.spreads() and pallas.rms_norm_misfit(x) is None
     parts = [math.prod(mesh.shape[axis] for axis in RULES[name]) for name in ("batch", "length")]
-    if mesh.shape["tensor"] > 1 or any(size % n for size, n in zip(x.shape, parts, strict=False)):
+    if x.ndim < 3 or mesh.shape["tensor"] > 1 or any(size % n for size, n in zip(x.shape, parts, strict=False)):
         return False
     part = jax.ShapeDtypeStruct((x.shape[0] // parts[0], x.shape[1] // parts[1], *x.shape[2:]), x.dtype)
     return pallas.rms_norm_misfit(part, mesh) is None

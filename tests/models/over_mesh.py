@@ -32,6 +32,7 @@ class Case(NamedTuple):
     settings: dict[str, Any] = {}
     states: bool = True
     """whether the states after the last token are among the outputs"""
+    dtype: Any = jnp.float32
 
 
 CASES = {
@@ -39,15 +40,17 @@ CASES = {
     "hgrn2-gsa": Case({"data": 2, "context": 4}, {"remat": "full"}),
     "retention-abc": Case({"data": 2, "tensor": 2, "context": 2}),
     "linear-gla": Case({"fsdp": 2, "tensor": 2, "context": 2}),
+    "linear-gla in bfloat16": Case({"data": 2, "tensor": 2, "context": 2}, dtype=jnp.bfloat16),
 }
-"""By the names of `cases.PAIRS`; together they have every mixer."""
+"""By the names of `cases.PAIRS`, their first word; together they have every mixer."""
 
 
 def compiled(name, case):
     """(logits, states and gradients, text of the program), on the case's mesh or, without one, on one device."""
     sizes = [case.mesh.get(name, 1) for name in MESH_AXES]
     mesh = jax.make_mesh(sizes, MESH_AXES, (AxisType.Auto,) * 4, devices=jax.devices()[: math.prod(sizes)])
-    graphdef, parameters = nnx.split(cases.model(cases.config(cases.PAIRS[name], **case.settings)))
+    config = cases.config(cases.PAIRS[name.split()[0]], **case.settings)
+    graphdef, parameters = nnx.split(cases.model(config, dtype=case.dtype))
 
     def loss(parameters, tokens, segment_ids):
         logits, state = nnx.merge(graphdef, parameters)(tokens, segment_ids=segment_ids)

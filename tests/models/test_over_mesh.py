@@ -27,7 +27,7 @@ def results():
 
 @pytest.mark.parametrize("name", CASES)
 def test_logits_states_and_gradients_are_those_of_one_device(results, name):
-    assert results[name]["error"] < 1e-5
+    assert results[name]["error"] < (0.1 if "bfloat16" in name else 1e-5)
 
 
 def test_states_are_exchanged_once_a_layer(results):
