@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import tiles
+from pallas_kernels.tiles import along_columns, along_rows
 
 COLUMNS = 512
 """The width is a multiple of it: 128 threads with 16 bytes of float32 each."""
@@ -116,7 +117,7 @@ def _backward(x, scale, d_out, d_total, epsilon, swish):
         h = x * sigmoid if swish else x
         inverse = _inverse_size(h, epsilon)
         n, g = h * inverse, scale() * d_out
-        dx = (g - n * _along_rows((n * g).sum(axis=1) / width, width)) * inverse
+        dx = (g - n * along_rows((n * g).sum(axis=1) / width, width)) * inverse
         if swish:
             dx *= sigmoid + h * (1 - sigmoid)
         dx_ref[rows] = sum((_load(ref, rows) for ref in d_total_refs), dx).astype(dtype)
@@ -152,8 +153,7 @@ def _row_kernel(name, body, scale, operands, *, num_outputs, occupancy, sums=Fal
         block = lax.axis_index("block")
 
         def scale():
-            row = plgpu.load(scale_ref, layout=_layout(width).reduce(0), optimized=False)
-            return lax.broadcast_in_dim(row, (at_once, width), [1])
+            return along_columns(plgpu.load(scale_ref, layout=_layout(width).reduce(0), optimized=False), at_once)
 
         def some_rows(turn, so_far):
             return body(pl.ds((block + turn * blocks) * at_once, at_once), so_far, scale, *rows_refs)
@@ -185,11 +185,7 @@ def _load(ref, rows):
     return plgpu.load(ref.at[rows], layout=_layout(ref.shape[-1]), optimized=False).astype(jnp.float32)
 
 
-def _along_rows(x, width):
-    return lax.broadcast_in_dim(x, (x.shape[0], width), [0])
-
-
 def _inverse_size(h, epsilon):
     """1 / sqrt(mean(h²) + epsilon) of each row, along it"""
     width = h.shape[1]
-    return _along_rows(lax.rsqrt((h * h).sum(axis=1) / width + epsilon), width)
+    return along_rows(lax.rsqrt((h * h).sum(axis=1) / width + epsilon), width)

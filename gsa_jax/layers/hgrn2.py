@@ -50,8 +50,9 @@ class HGRN2(Mixer):
         self.q = linear(hidden_size, hidden_size, into_heads, dtype=dtype, rngs=rngs)
         self.forget = linear(hidden_size, hidden_size, into_heads, dtype=dtype, float32_out=True, rngs=rngs)
         self.input = linear(hidden_size, hidden_size, into_heads, dtype=dtype, rngs=rngs)
-        options = {"epsilon": config.norm_epsilon, "implementation": implementation}
-        self.norm = RMSNorm(hidden_size, dtype=dtype, rngs=rngs, **options)
+        self.norm = RMSNorm(
+            hidden_size, epsilon=config.norm_epsilon, implementation=implementation, dtype=dtype, rngs=rngs
+        )
         self.out = linear(hidden_size, hidden_size, ("heads", "embed"), dtype=dtype, rngs=rngs)
 
     def __call__(self, x, state=None, segment_ids=None, *, lower_bound=0.0):

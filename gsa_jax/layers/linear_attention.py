@@ -46,8 +46,9 @@ class LinearAttentionLayer(Mixer):
         self.output_gate = (
             linear(hidden_size, out_size, ("embed", "heads"), dtype=dtype, rngs=rngs) if output_gate else None
         )
-        options = {"epsilon": config.norm_epsilon, "implementation": implementation}
-        self.norm = RMSNorm(value_size, dtype=dtype, rngs=rngs, **options)
+        self.norm = RMSNorm(
+            value_size, epsilon=config.norm_epsilon, implementation=implementation, dtype=dtype, rngs=rngs
+        )
         self.out = linear(out_size, hidden_size, ("heads", "embed"), dtype=dtype, rngs=rngs)
 
     def __call__(self, x, state=None, segment_ids=None):

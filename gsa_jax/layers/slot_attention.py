@@ -76,8 +76,9 @@ class GatedSlotAttention(Mixer):
         gate_size = num_kv_heads * config.num_slots
         self.gate = linear(hidden_size, gate_size, ("embed", "heads"), dtype=dtype, float32_out=True, rngs=rngs)
         out_size = config.num_heads * value_size
-        options = {"epsilon": config.norm_epsilon, "implementation": implementation}
-        self.norm = RMSNorm(out_size, dtype=dtype, rngs=rngs, **options)
+        self.norm = RMSNorm(
+            out_size, epsilon=config.norm_epsilon, implementation=implementation, dtype=dtype, rngs=rngs
+        )
         self.out = linear(out_size, hidden_size, ("heads", "embed"), dtype=dtype, rngs=rngs)
 
     def __call__(self, x, state=None, segment_ids=None):

@@ -203,8 +203,8 @@ class LanguageModel(nnx.Module):
 
 
 def _norm(config, dtype, rngs):
-    options = {"epsilon": config.norm_epsilon, "implementation": config.implementation}
-    return RMSNorm(config.hidden_size, dtype=dtype, rngs=rngs, **options)
+    epsilon, implementation = config.norm_epsilon, config.implementation
+    return RMSNorm(config.hidden_size, epsilon=epsilon, implementation=implementation, dtype=dtype, rngs=rngs)
 
 
 def _look_up(table, tokens):
