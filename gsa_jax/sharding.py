@@ -12,12 +12,16 @@ MESH_AXES = ("data", "fsdp", "context", "tensor")
 RULES: dict[str | None, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
     "length": ("context",),
-    "embed": ("fsdp",),
     "heads": ("tensor",),
     "mlp": ("tensor",),
     "vocab": ("tensor",),
 }
 """The mesh axes that each named axis is split over; the other axes are not split."""
+
+GATHERED = "fsdp"
+"""The mesh axis that splits, besides, what has an axis "embed": the matrices, which are gathered before they are used.
+It takes the first axis that it divides and that no others split, for parts that are whole rows are gathered as they
+are, parts of columns transposed first."""
 
 BATCH = P(RULES["batch"], RULES["length"])
 """How arrays [batch, length] are split."""
@@ -30,12 +34,17 @@ def partition_spec(names: tuple[str | None, ...], shape: tuple[int, ...], mesh: 
     """
     sizes = (mesh or jax.sharding.get_abstract_mesh()).shape
 
-    def split(name, size):
-        axes = RULES.get(name, ())
-        parts = math.prod(sizes.get(axis, math.inf) for axis in axes)
-        return (axes if len(axes) > 1 else axes[0]) if axes and size % parts == 0 else None
+    def parts(axes):
+        return math.prod(sizes.get(axis, math.inf) for axis in axes)
 
-    return P(*(split(name, size) for name, size in zip(names, shape, strict=True)))
+    split = [RULES.get(name, ()) for name in names]
+    split = [axes if size % parts(axes) == 0 else () for axes, size in zip(split, shape, strict=True)]
+    if "embed" in names:
+        for i, name in enumerate(names):
+            if name and parts(split[i]) == 1 and shape[i] % parts((GATHERED,)) == 0:
+                split[i] = (*split[i], GATHERED)
+                break
+    return P(*(axes if len(axes) > 1 else next(iter(axes), None) for axes in split))
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
@@ -48,8 +57,12 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
 
 def without_single_devices(spec: P, mesh: Mesh | AbstractMesh) -> P:
     """`spec` without the mesh's axes of one device."""
-    axes = ((axis,) if isinstance(axis, str) else axis or () for axis in spec)
-    return P(*(tuple(name for name in names if mesh.shape[name] > 1) for names in axes))
+    return P(*(tuple(name for name in names if mesh.shape[name] > 1) for names in mesh_axes(spec)))
+
+
+def mesh_axes(spec: P) -> tuple[tuple[str, ...], ...]:
+    """The mesh axes that split each axis of an array."""
+    return tuple((axes,) if isinstance(axes, str) else axes or () for axes in spec)
 
 
 def token_axes() -> tuple[str, ...]:

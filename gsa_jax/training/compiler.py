@@ -4,9 +4,9 @@ import jax
 
 from gsa_jax.models import ModelConfig
 
-_MESSAGE = 2**27
-"""Bytes up to which collectives of one kind become one: enough for the full rate of links, and soon on their way. Sums,
-of which a device sends and gets all the bytes, go in halves of that."""
+_MESSAGE = 2**28
+"""Bytes up to which gathers or scattered sums become one, for the full rate of links. Whole sums, which XLA copies side
+by side for that, become one up to a quarter of it."""
 
 OVERLAP = {
     "gpu": {
@@ -14,7 +14,7 @@ OVERLAP = {
         "xla_gpu_enable_latency_hiding_scheduler": True,
         "xla_gpu_all_gather_combine_threshold_bytes": _MESSAGE,
         "xla_gpu_reduce_scatter_combine_threshold_bytes": _MESSAGE,
-        "xla_gpu_all_reduce_combine_threshold_bytes": _MESSAGE // 2,
+        "xla_gpu_all_reduce_combine_threshold_bytes": _MESSAGE // 4,
     }
 }
 """For programs of several devices, by platform, so that they compute while they communicate: docs/sharding.md says what

@@ -14,7 +14,7 @@ from jax.sharding import AbstractMesh
 
 from gsa_jax.layers.checks import check_numbers
 from gsa_jax.models import LanguageModel, ModelConfig, abstract_model, count_parameters
-from gsa_jax.sharding import MESH_AXES
+from gsa_jax.sharding import MESH_AXES, mesh_axes
 from gsa_jax.training.config import ConfigError, MeshConfig, TrainConfig
 from gsa_jax.training.optimizer import make_optimizer
 from gsa_jax.training.sharding import shardings
@@ -84,7 +84,7 @@ def placement(config: TrainConfig) -> list[Placed]:
     rows = []
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
         name = jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
-        spec = [" x ".join(axis) if isinstance(axis, tuple) else axis or "-" for axis in leaf.sharding.spec]
+        spec = [" x ".join(axes) or "-" for axes in mesh_axes(leaf.sharding.spec)]
         split = " ".join(spec) if set(spec) - {"-"} else ""
         size = math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         rows.append(Placed(name, leaf.shape, leaf.dtype.name, split, size))
@@ -160,8 +160,8 @@ class _Weight:
 def _weights(config: ModelConfig, mesh: MeshConfig) -> list[_Weight]:
     weights = []
     for name, (shape, spec) in _parameters(config, mesh).items():
-        fsdp = mesh.fsdp if "fsdp" in spec else 1
-        tensor = mesh.tensor if "tensor" in spec else 1
+        fsdp = mesh.fsdp if "fsdp" in sum(spec, ()) else 1
+        tensor = mesh.tensor if "tensor" in sum(spec, ()) else 1
         uses = 2 if name.startswith("blocks") or config.tie_embeddings and name.startswith("embedding") else 1
         weights.append(_Weight(math.prod(shape) / tensor, fsdp, 4 if name.startswith("head") else 2, uses))
     return weights
@@ -169,11 +169,11 @@ def _weights(config: ModelConfig, mesh: MeshConfig) -> list[_Weight]:
 
 @functools.cache
 def _parameters(config: ModelConfig, mesh: MeshConfig) -> dict[str, tuple[tuple[int, ...], tuple]]:
-    """(shape, mesh axis of each axis) of every parameter, by name."""
+    """(shape, mesh axes of each axis) of every parameter, by name."""
     variables = nnx.to_flat_state(_parameter_state(config))
     placed = shardings(dict(variables), _abstract_mesh(mesh))
     return {
-        "/".join(map(str, path)): (variable.shape, tuple(jax.tree.leaves(placed[path])[0].spec))
+        "/".join(map(str, path)): (variable.shape, mesh_axes(jax.tree.leaves(placed[path])[0].spec))
         for path, variable in variables
     }
 
@@ -223,7 +223,7 @@ def _kept_per_token(config: ModelConfig, mesh: MeshConfig) -> float:
     kept = config.num_layers * config.hidden_size
     for name, (shape, spec) in _parameters(config, mesh).items():
         if config.remat != "full" and name.startswith("blocks") and len(shape) == 3:
-            kept += shape[0] * shape[2] / (mesh.tensor if spec[2] == "tensor" else 1)
+            kept += shape[0] * shape[2] / (mesh.tensor if "tensor" in spec[2] else 1)
     return 2 * kept
 
 

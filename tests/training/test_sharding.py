@@ -4,10 +4,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gsa_jax.models import preset
+from gsa_jax.sharding import MESH_AXES, partition_spec
 from gsa_jax.training import ConfigError, MeshConfig, OptimizerConfig, make_mesh, make_optimizer, shardings
 from gsa_jax.training.compiler import OVERLAP, UNROLLED, compiler_options
 
@@ -29,17 +30,40 @@ def test_parameters_and_moments_are_split_by_their_axes():
     params = nnx.State(
         {
             "stacked": nnx.Param(jnp.zeros((3, 8, 12)), axes=("embed", "mlp")),
-            "head": nnx.Param(jnp.zeros((8, 257)), axes=("embed", "vocab")),  # 257 rows can't be split in four
+            "into": nnx.Param(jnp.zeros((3, 12, 8)), axes=("mlp", "embed")),
+            "head": nnx.Param(jnp.zeros((8, 257)), axes=("embed", "vocab")),  # 257 columns can't be split in four
+            "alone": nnx.Param(jnp.zeros((4, 8)), axes=(None, "heads")),
             "norm": nnx.Param(jnp.zeros((3, 8)), axes=(None,)),
         }
     )
-    expected = {"stacked": P(None, "fsdp", "tensor"), "head": P("fsdp", None), "norm": P(None, None)}
+    expected = {
+        "stacked": P(None, "fsdp", "tensor"),
+        "into": P(None, "tensor", "fsdp"),
+        "head": P("fsdp", None),
+        "alone": P(None, "tensor"),
+        "norm": P(None, None),
+    }
     opt_state = make_optimizer(OptimizerConfig(), steps=10).init(params)
     split, opt_split = shardings((params, opt_state), mesh)
     moments = opt_split[1][0]
     for tree in (split, moments.mu, moments.nu):
         assert {name: sharding.spec for name, sharding in nnx.to_pure_dict(tree).items()} == expected
     assert moments.count.spec == P()
+
+
+@pytest.mark.parametrize(
+    ("names", "shape", "parts"),
+    [
+        (("embed", "mlp"), (8, 12), (4, 12)),
+        (("mlp", "embed"), (12, 8), (6, 8)),  # rows, where nothing else splits them
+        (("vocab", "embed"), (257, 8), (257, 4)),
+        ((None, "mlp", "embed"), (4, 12, 8), (4, 6, 8)),  # layers in a stack stay together
+        ((None, "heads"), (12, 8), (12, 8)),
+    ],
+)
+def test_fsdp_alone_splits_rows_of_matrices(names, shape, parts):
+    mesh = AbstractMesh((1, 2, 1, 1), MESH_AXES)
+    assert NamedSharding(mesh, partition_spec(names, shape, mesh)).shard_shape(shape) == parts
 
 
 @pytest.mark.parametrize("options", [*OVERLAP.values(), *UNROLLED.values()])
