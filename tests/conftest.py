@@ -2,6 +2,7 @@
 
 import gc
 import os
+import tempfile
 
 import hypothesis
 import pytest
@@ -19,8 +20,14 @@ def pytest_configure(config: pytest.Config) -> None:
     else:
         os.environ["JAX_PLATFORMS"] = "cpu"
         os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # the tests compile much and compute little
+        if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # for the workers and the processes that tests start
+            folder = tempfile.TemporaryDirectory(prefix="jax-cache-")
+            config.add_cleanup(folder.cleanup)
+            os.environ["JAX_COMPILATION_CACHE_DIR"] = folder.name
+            os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
     if config.getoption("numprocesses", None):
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # the workers fill the cores already
+        config.option.dist = "loadgroup"  # what tests of a group share is made once
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

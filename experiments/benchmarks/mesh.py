@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
 import matplotlib.figure
 import tyro
 from rich.box import SIMPLE
@@ -85,10 +84,9 @@ def main(config: Config) -> dict[str, Any]:
         seconds=config.seconds,
         overlap=config.overlap,
     )
-    devices = in_process(jax.device_count)
-    if devices == 1:
+    if result["num_devices"] == 1:
         print("there is one device: no axis to spread over, and no long sequence")
-    for case in cases(config, devices):
+    for case in cases(config, result["num_devices"]):
         print(f"{describe(case)}: ", end="", flush=True)
         model = dataclasses.replace(config.model, remat=case["remat"], unroll=case["unroll"])
         settings = {"config": model, "mesh": MeshConfig(**case["mesh"]), "began": time.time()}

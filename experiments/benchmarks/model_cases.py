@@ -41,8 +41,8 @@ def changed_preset(name: str, **changes: Any) -> ModelConfig:
 
 
 def about(script: str, config: ModelConfig) -> dict[str, Any]:
-    """Where and of what a script's numbers are: device, versions, command, date and the number of parameters."""
-    return provenance(script) | {"parameters": count_parameters(config)[0]}
+    """Where and of what a script's numbers are: devices, versions, command, date and the number of parameters."""
+    return provenance(script) | {"num_devices": jax.device_count(), "parameters": count_parameters(config)[0]}
 
 
 class Stopwatch:

@@ -103,8 +103,8 @@ def test_without_one_device_nothing_is_compared(result):
 
 def test_a_case_that_fails_does_not_end_the_run(tmp_path, monkeypatch, capsys):
     def measure(function, *arguments, mesh=None, **options):
-        if mesh is None:  # the processes that tell the devices
-            return {"device": "2 x H200", "versions": {"jax": "0.12"}} if arguments else 2
+        if mesh is None:  # the process that tells the devices
+            return {"device": "2 x H200", "num_devices": 2, "versions": {"jax": "0.12"}}
         if mesh.fsdp > 1:
             raise RuntimeError("no luck\nat all")
         return {"ms": 1.0, "tokens_per_second": 32_000.0}
@@ -120,9 +120,9 @@ def test_a_case_that_fails_does_not_end_the_run(tmp_path, monkeypatch, capsys):
 
 
 def test_one_device_says_what_is_left_out(monkeypatch, capsys):
-    facts = {"device": "1 x H200", "versions": {"jax": "0.12"}}
+    facts = {"device": "1 x H200", "num_devices": 1, "versions": {"jax": "0.12"}}
     measured = {"ms": 1.0, "tokens_per_second": 32_000.0}
-    answers = iter([facts, 1, measured])
+    answers = iter([facts, measured])
     monkeypatch.setattr(mesh, "in_process", lambda *_, **__: next(answers))
     mesh.main(TINY)
     assert capsys.readouterr().out.startswith("there is one device: no axis to spread over, and no long sequence\n")

@@ -23,19 +23,18 @@ mesh = jax.make_mesh((4, 2), ("data", "heads"))
 tokens, state = P("data", None, "heads", None), P("data", "heads", None, None)
 
 for op in OPS:
-    for initial in (True, False):
+    for implementation, initial in zip(IMPLEMENTATIONS, (False, True)):
         arrays, cotangents = make_case(op, Sizes(4, 20, 4, 2, 6, 5, 7), gates="all kinds", state=initial)
         segment_ids = np.arange(20)[None] // np.asarray([[3], [7], [8], [20]])
         specs = jax.tree.map(lambda x: tokens if x.shape[1] == 20 else state, (arrays, cotangents))
         inputs = (arrays, cotangents, segment_ids)
         in_specs = (*specs, P("data", None))
         inputs = jax.device_put(inputs, jax.tree.map(lambda spec: NamedSharding(mesh, spec), in_specs))
-        for implementation in IMPLEMENTATIONS:
-            run = functools.partial(outputs_and_gradients.__wrapped__, op, implementation=implementation, chunk_size=8)
-            sharded = jax.shard_map(run, mesh=mesh, in_specs=in_specs, out_specs=specs[::-1])
-            results = jax.jit(sharded)(*inputs)
-            assert results[0]["out"].sharding.spec == tokens
-            assert_all_close(results, expected(op, arrays, cotangents, segment_ids), 2e-5, implementation)
+        run = functools.partial(outputs_and_gradients.__wrapped__, op, implementation=implementation, chunk_size=8)
+        sharded = jax.shard_map(run, mesh=mesh, in_specs=in_specs, out_specs=specs[::-1])
+        results = jax.jit(sharded)(*inputs)
+        assert results[0]["out"].sharding.spec == tokens
+        assert_all_close(results, expected(op, arrays, cotangents, segment_ids), 2e-5, implementation)
 
 def from_zeros(q, k, v, log_decay, implementation):
     size, groups, slots = q.shape[0], k.shape[2], log_decay.shape[3]
