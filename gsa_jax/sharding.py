@@ -1,8 +1,11 @@
 """How named axes are split over devices: one table, for parameters and for what flows between them."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
@@ -65,7 +68,51 @@ def mesh_axes(spec: P) -> tuple[tuple[str, ...], ...]:
     return tuple((axes,) if isinstance(axes, str) else axes or () for axes in spec)
 
 
-def token_axes() -> tuple[str, ...]:
+def check_divides(mesh: Mesh | AbstractMesh, spec: P, argument: str, arrays) -> None:
+    """Raises a ValueError, which names the argument, unless the mesh can cut its arrays as `spec` says."""
+    for array in jax.tree.leaves(arrays):
+        for axis, (size, names) in enumerate(zip(array.shape, mesh_axes(spec), strict=False)):
+            if size % math.prod(mesh.shape[name] for name in names):
+                sizes = " x ".join(f"{name}={mesh.shape[name]}" for name in names)
+                raise ValueError(
+                    f"{argument} has shape {list(array.shape)}: axis {axis} must be a multiple of the mesh's {sizes}"
+                )
+
+
+def over_tokens(function: Callable, whole: jax.Array, *, total: bool = False, **tokens: jax.Array) -> Any:
+    """`function(whole, *tokens)`, each device of the mesh in context over those of the tokens that it has.
+
+    Every device gets an array `whole`, whose gradient is summed over them once. That is in its dtype, as with other
+    parameters; on CPUs the function gets it in float32, for XLA for CPUs aborts when such a sum is in bfloat16.
+
+    Args:
+      function: its result is an array [batch, length, ...] like `tokens` or, with `total`, a sum over tokens.
+      tokens: arrays [batch, length, ...], by the names that an error may call them by.
+
+    Raises:
+      ValueError: the mesh can't cut an array of `tokens`.
+    """
+    axes, mesh = _token_axes(), jax.sharding.get_abstract_mesh()
+    if jax.default_backend() == "cpu":
+        whole = whole.astype(jnp.promote_types(whole.dtype, jnp.float32))
+    if not axes:
+        return function(whole, *tokens.values())
+    for name, array in tokens.items():
+        check_divides(mesh, BATCH, name, array)
+
+    def over_own(whole, *tokens):
+        result = function(jax.lax.pcast(whole, axes, to="varying"), *tokens)
+        return jax.lax.psum(result, axes) if total else result
+
+    # Axes of one device stay out: XLA for GPUs can't sum over those alone where it splits heads by itself.
+    spec = without_single_devices(BATCH, mesh)
+    in_specs, out_specs = (P(), *(spec for _ in tokens)), P() if total else spec
+    return jax.shard_map(over_own, in_specs=in_specs, out_specs=out_specs, axis_names=set(axes))(
+        whole, *tokens.values()
+    )
+
+
+def _token_axes() -> tuple[str, ...]:
     """The axes of the mesh in context over whose several devices tokens are split, rows and places in a row; () without
     such a mesh."""
     axes, sizes = RULES["batch"] + RULES["length"], jax.sharding.get_abstract_mesh().shape

@@ -106,7 +106,7 @@ def kernel(name, body, *outputs, grid, interpret=None, **threads):
 
     def call(*operands):
         operands = vary_alike(*operands)
-        results = plgpu.kernel(
+        run = plgpu.kernel(
             body,
             out_type=tuple(jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in outputs),
             grid=tuple(grid.values()),
@@ -116,7 +116,9 @@ def kernel(name, body, *outputs, grid, interpret=None, **threads):
             ),
             interpret=interpret,
             **threads,
-        )(*operands)
+        )
+        with jax.enable_x64(False):  # the integers of a body are of 32 bits
+            results = run(*operands)
         return vary_alike(*results, operands[0])[:-1]  # Mosaic forgets over which axes they vary
 
     return call

@@ -25,15 +25,16 @@ def pytest_configure(config: pytest.Config) -> None:
             config.add_cleanup(folder.cleanup)
             os.environ["JAX_COMPILATION_CACHE_DIR"] = folder.name
             os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+        if getattr(config.option, "dist", "no") == "load":  # one worker a file: what its tests share is made once
+            config.option.dist, config.option.loadscopereorder = "loadfile", False
     if config.getoption("numprocesses", None):
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # the workers fill the cores already
-        config.option.dist = "loadgroup"  # what tests of a group share is made once
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Whole runs first, then the kernels: one of these last would leave the other workers idle for minutes."""
-    for folder in ("tests/pallas_kernels", "tests/experiments", "tests/training", "tests/test_readme"):
-        items.sort(key=lambda item: not item.nodeid.startswith(folder))
+    """The long files first: one of these last would leave the other workers idle for a minute."""
+    for folder in ("generation", "layers", "models", "ops", "pallas_kernels", "training", "test_readme"):
+        items.sort(key=lambda item: not item.nodeid.startswith(f"tests/{folder}"))
 
 
 def pytest_collection_finish() -> None:

@@ -8,15 +8,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jax.sharding import PartitionSpec as P
 
 from gsa_jax.layers import MIXERS, RMSNorm, SwiGLU, lower_bounds
 from gsa_jax.layers.linear import linear
 from gsa_jax.layers.norm import add
 from gsa_jax.models.config import ModelConfig
-from gsa_jax.ops import sharded
 from gsa_jax.ops.dot import dot
-from gsa_jax.sharding import BATCH, constrain, token_axes, without_single_devices
+from gsa_jax.sharding import constrain, over_tokens
 
 
 class Block(nnx.Module):
@@ -211,27 +209,13 @@ def _look_up(table, tokens):
     """Rows of a table [vocab, D], each device those of its own tokens.
 
     They are taken in float32, so that a device adds up their gradients in float32: thousands in a row of the table.
-    What the devices have then is summed in the table's dtype, as gradients of other parameters are; on CPUs in float32:
-    XLA for CPUs aborts when such a sum is in bfloat16.
     """
-    dtype = table.dtype
-    table = table.astype(jnp.float32) if jax.default_backend() == "cpu" else table
 
     def take(table, tokens):
         return jnp.take(table.astype(jnp.float32), tokens, axis=0).astype(dtype)
 
-    axes = token_axes()
-    if not axes:
-        return take(table, tokens)
-    mesh = jax.sharding.get_abstract_mesh()
-    sharded.check_divides(mesh, BATCH, "tokens", tokens)
-    spec = without_single_devices(BATCH, mesh)
-    return jax.shard_map(
-        lambda table, tokens: take(lax.pcast(table, axes, to="varying"), tokens),
-        in_specs=(P(), spec),
-        out_specs=spec,
-        axis_names=set(axes),
-    )(table, tokens)
+    dtype = table.dtype
+    return over_tokens(take, table, tokens=tokens)
 
 
 def _in_a_row(repeat, x, layers):

@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from gsa_jax import ops
 from gsa_jax.ops import context, pallas
-from gsa_jax.sharding import BATCH, MESH_AXES, RULES, without_single_devices
+from gsa_jax.sharding import BATCH, MESH_AXES, RULES, check_divides, without_single_devices
 from pallas_kernels import rms_norm as kernels
 
 TOKENS = P(*BATCH, RULES["heads"])
@@ -61,18 +61,6 @@ def _over_mesh(op, part, in_specs, out_specs):
         )(arrays)
 
     return over_mesh
-
-
-def check_divides(mesh, spec, argument, arrays):
-    """Raises a ValueError, which names the argument, unless the mesh can cut its arrays as `spec` says."""
-    for array in jax.tree.leaves(arrays):
-        for axis, (size, names) in enumerate(zip(array.shape, spec, strict=False)):
-            names = (names,) if isinstance(names, str) else names or ()
-            if size % math.prod(mesh.shape[name] for name in names):
-                sizes = " x ".join(f"{name}={mesh.shape[name]}" for name in names)
-                raise ValueError(
-                    f"{argument} has shape {list(array.shape)}: axis {axis} must be a multiple of the mesh's {sizes}"
-                )
 
 
 _GATED = dict.fromkeys(("q", "k", "v", "log_decay", "write"), TOKENS) | {"initial_state": STATE, "segment_ids": BATCH}

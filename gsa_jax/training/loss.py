@@ -2,10 +2,9 @@
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
 
 from gsa_jax.ops.dot import dot
-from gsa_jax.sharding import BATCH, constrain, token_axes, without_single_devices
+from gsa_jax.sharding import constrain, over_tokens
 
 LOGITS_AT_ONCE = 2**27
 """Logits computed at a time, unless a chunk size is given: 0.5 GiB of float32."""
@@ -51,19 +50,8 @@ def sharded_next_token_loss(
     The mesh in context says which those are (`jax.set_mesh`). The head is gathered once, and once its gradient is
     summed over the devices: left to itself XLA would do both for every chunk of tokens.
     """
-    axes = token_axes()
-    if not axes:
-        return next_token_loss(head, hidden, targets, mask)
-
-    def total_of_all(head, *tokens):
-        return jax.lax.psum(next_token_loss(jax.lax.pcast(head, axes, to="varying"), *tokens), axes)
-
-    # Axes of one device stay out: XLA for GPUs can't sum over those alone where it splits the heads by itself.
-    tokens = without_single_devices(BATCH, jax.sharding.get_abstract_mesh())
-    over_tokens = jax.shard_map(
-        total_of_all, in_specs=(P(), tokens, tokens, tokens), out_specs=P(), axis_names=set(axes)
-    )
-    return over_tokens(constrain(head, None, "vocab"), hidden, targets, mask)
+    tokens = {"hidden": hidden, "targets": targets, "mask": mask}
+    return over_tokens(next_token_loss, constrain(head, None, "vocab"), total=True, **tokens)
 
 
 @jax.custom_vjp

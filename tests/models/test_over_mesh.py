@@ -14,8 +14,6 @@ from tests.models.cases import PAIRS, config, model
 from tests.models.over_mesh import CASES
 from tests.pallas_kernels.hopper import mesh
 
-pytestmark = pytest.mark.xdist_group("over_mesh")  # one worker makes the results that the tests share
-
 
 @pytest.fixture(scope="module")
 def results():

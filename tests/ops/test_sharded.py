@@ -18,8 +18,6 @@ from tests.ops.cases import OPS, TOLERANCE, Sizes, assert_close, make_case, slot
 from tests.ops.over_mesh import CASES
 from tests.pallas_kernels.hopper import count_kernels, mesh, shapes
 
-pytestmark = pytest.mark.xdist_group("sharded")  # one worker makes the results that the tests share
-
 FUNCTIONS = dict(zip(OPS, (sharded.gated_slot_attention, sharded.gated_linear_attention), strict=True))
 
 

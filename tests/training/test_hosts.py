@@ -18,8 +18,6 @@ from gsa_jax.training.data import DataError, HostBatches
 from gsa_jax.training.hosts import rows_of_host, together
 from tests.training.tiny import run_config
 
-pytestmark = pytest.mark.xdist_group("hosts")  # one worker makes the results that the tests share
-
 
 def free_port():
     with socket.socket() as listener:

@@ -7,8 +7,6 @@ import sys
 
 import pytest
 
-pytestmark = pytest.mark.xdist_group("meshes")  # one worker makes the results that the tests share
-
 MESHES = [
     {"fsdp": 8},
     {"data": 2, "tensor": 4},
