@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import tiles
+from pallas_kernels.sizes import choose
 from pallas_kernels.states import states_of_segments
 from pallas_kernels.tiles import COLUMNS, SHARED_MEMORY, SIZE, SQUARE, transposed
 
@@ -205,8 +206,9 @@ def store_transposed(tile, x):
 def _warpgroups(total, num_columns, num_blocks):
     """Warpgroups of a block, each with its 64 of the channels; they share what all channels need."""
     most = 4 if num_blocks == 1 else 2  # a thread then has 128 registers or 255
-    fitting = [n for n in (4, 2) if n <= most and num_columns % n == 0 and total // n >= FEWEST_PROGRAMS]
-    return max(fitting, default=1)
+    options = [n for n in (1, 2, 4) if n <= most and num_columns % n == 0]
+    rule = max((n for n in options if total // n >= FEWEST_PROGRAMS), default=1)
+    return choose("memory_read warpgroups", (total, num_columns, num_blocks), rule, options)
 
 
 def _stages(warpgroups, num_blocks, leaving):

@@ -19,8 +19,8 @@ WIDEST = 4096
 FORWARD, BACKWARD = 10, 5
 """blocks of one warpgroup that a multiprocessor has registers for at width 2048"""
 FORWARD_SWISH, BACKWARD_SWISH = 8, 4
-FEWEST = 4 * tiles.MULTIPROCESSORS
-"""rows, below which a kernel of its own is not worth its start"""
+FEWEST = 528
+"""rows, four for each multiprocessor, below which a kernel of its own is not worth its start"""
 
 
 def misfit(x):
@@ -147,7 +147,7 @@ def _row_kernel(name, body, scale, operands, *, num_outputs, occupancy, sums=Fal
     width, num_rows = shape[-1], operands[0].size // shape[-1]
     at_once = _rows_at_once(width)
     turns = num_rows // at_once
-    blocks = min(tiles.MULTIPROCESSORS * occupancy, turns)
+    blocks = min(tiles.multiprocessors() * occupancy, turns)
 
     def every_block(scale_ref, *refs):
         block = lax.axis_index("block")

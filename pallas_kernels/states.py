@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import tiles
-from pallas_kernels.tiles import MULTIPROCESSORS, ROWS, SIZE, SQUARE
+from pallas_kernels.sizes import choose, multiprocessors
+from pallas_kernels.tiles import ROWS, SIZE, SQUARE
 
 STAGES = 3
 """chunks in flight"""
@@ -16,8 +17,8 @@ SHORTEST_SEGMENT = 8
 """chunks in a segment, at least"""
 FEWEST_SEGMENTS = 5
 """with fewer, reading everything twice costs more than the shorter recurrence saves"""
-MOST_PROGRAMS = 2 * MULTIPROCESSORS
-"""blocks that run at once; more segments would not help"""
+PROGRAMS = 2
+"""blocks that a multiprocessor runs at once; more segments would not help"""
 
 
 def chunk_states(x, key, kept, initial, *, other=None, reverse=False, interpret=None):
@@ -55,9 +56,12 @@ def states_of_segments(x, key, kept, initial, programs, reverse=False):
       programs: blocks that walk through each segment.
     """
     num_chunks = kept.shape[2]
-    num_segments = min(pl.cdiv(num_chunks, SHORTEST_SEGMENT), MOST_PROGRAMS // programs)
+    rule = min(pl.cdiv(num_chunks, SHORTEST_SEGMENT), PROGRAMS * multiprocessors() // programs)
+    rule = rule if rule >= FEWEST_SEGMENTS else 1
+    options = (2**i for i in range(pl.cdiv(num_chunks, SHORTEST_SEGMENT).bit_length()))
+    num_segments = choose("segments", (programs, num_chunks), rule, options)
     initial = initial[:, :, None]
-    if num_segments < FEWEST_SEGMENTS:
+    if num_segments == 1:
         return initial
     num_segments = pl.cdiv(num_chunks, pl.cdiv(num_chunks, num_segments))  # without empty ones
     zeros = jnp.broadcast_to(jnp.zeros_like(initial), (*initial.shape[:2], num_segments, *initial.shape[3:]))

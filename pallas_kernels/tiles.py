@@ -13,6 +13,8 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.sizes import choose, multiprocessors
+
 SIZE = 64
 """rows and columns of a tile; tokens in a chunk"""
 SQUARE = (SIZE, SIZE)
@@ -20,8 +22,8 @@ SHARED_MEMORY = 224 * 1024
 """bytes of tiles in a block, at most: an H100's 227 KiB, less barriers and scratch of reductions"""
 WARPGROUPS = 2
 """in a block, unless told: a thread then has 255 registers; with three, 168, and most kernels spill"""
-MULTIPROCESSORS = 132
-"""of an H100 or H200: as many blocks run, one on each"""
+MOST_WARPGROUPS = 4
+"""with which a thread still has 128"""
 
 REGISTERS = plgpu.Layout.WGMMA
 ROWS = plgpu.Layout.WGMMA.reduce(1)
@@ -151,13 +153,15 @@ def chunk_kernel(
       shape: (batch size, number of heads, number of chunks).
       dtype: of the tiles.
       arrivals: name -> how many copies a barrier waits for, or (how many barriers there are of that name, the same).
-      warpgroups: in a block, at most.
+      warpgroups: in a block, at most, unless the table of sizes has others.
     """
     total, (_, num_heads, num_chunks) = math.prod(shape), shape
     tile = math.prod(SQUARE) * jnp.dtype(dtype).itemsize
     own = tiles * tile + 4 * sum(map(math.prod, floats))
-    warpgroups = min(warpgroups, (SHARED_MEMORY - constants * tile) // own)
-    blocks = min(MULTIPROCESSORS, pl.cdiv(total, warpgroups))
+    fitting = min(MOST_WARPGROUPS, (SHARED_MEMORY - constants * tile) // own)
+    rule, options = min(warpgroups, fitting), range(1, fitting + 1)
+    warpgroups = choose(f"{name} warpgroups", (total, own // tile), rule, options)
+    blocks = min(multiprocessors(), pl.cdiv(total, warpgroups))
 
     def every_warpgroup(constants_ref, *refs):
         warpgroup = lax.axis_index("warpgroup")

@@ -118,7 +118,9 @@ TINY = model.Config(
 )
 
 
-def test_a_run_of_the_tiny_model_writes_json_and_a_plot(tmp_path, capfd):
+def test_a_run_of_the_tiny_model_writes_json_and_a_plot(tmp_path, capfd, monkeypatch):
+    # In this process: test_mesh_benchmark.py has a run with a process for each case.
+    monkeypatch.setattr(model, "in_process", lambda function, *arguments, **options: function(*arguments, **options))
     out = tmp_path / "deep" / "tiny.json"
     start = time.time()
     result = model.main(dataclasses.replace(TINY, out=out))

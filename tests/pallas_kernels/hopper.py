@@ -9,9 +9,9 @@ from tests.ops.cases import slot_attention
 H100 = "NVIDIA H100 80GB HBM3"
 
 
-def mesh(device_kind=H100, **axes):
+def mesh(device_kind=H100, num_cores=132, **axes):
     """Abstract devices of that kind, one unless axes are given."""
-    device = AbstractDevice(device_kind=device_kind, num_cores=132, platform="cuda")
+    device = AbstractDevice(device_kind=device_kind, num_cores=num_cores, platform="cuda")
     axes = axes or {"gpu": 1}
     return AbstractMesh(tuple(axes.values()), tuple(axes), (AxisType.Auto,) * len(axes), abstract_device=device)
 

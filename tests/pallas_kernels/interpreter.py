@@ -23,7 +23,9 @@ def interpreted(monkeypatch, capfd):
     """
     for module in (pallas_kernels.tiles, pallas_kernels.decays):
         monkeypatch.setattr(module, "product", _product)
-    monkeypatch.setattr(pallas_kernels.tiles, "MULTIPROCESSORS", 1)  # one block does all chunks, one after another
+    monkeypatch.setattr(
+        pallas_kernels.tiles, "multiprocessors", lambda: 1
+    )  # one block does all chunks, one after another
     monkeypatch.setattr(plgpu.ACC, "init", lambda start: start)
     monkeypatch.setattr(pl, "run_state", _run_state)
     if np.lib.NumpyVersion(np.__version__) < "2.1.3":  # there np.full(shape, 0, bfloat16) crashes when called often

@@ -1,0 +1,139 @@
+"""Finds faster sizes for the kernels on this GPU: `python -m experiments.benchmarks.tune`.
+
+Some sizes a kernel is free to choose: warpgroups of a block, segments of a long sequence (pallas_kernels/sizes.py).
+Case by case this tries the others of each, one size after another, with the forward and the backward pass together, and
+adds what is faster than what is in use to the table that the kernels read. Results stay as they are but for rounding.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from experiments import output
+from experiments.benchmarks.ops import OPS, PASSES
+from experiments.benchmarks.shapes import GPU_SHAPES, Shape, choose, make_inputs
+from experiments.benchmarks.timing import time_calls
+from experiments.command_line import user_errors
+from gsa_jax.layers.checks import check_numbers
+from pallas_kernels import sizes
+from pallas_kernels.sizes import Choice
+
+
+@dataclass(frozen=True)
+class Config:
+    """What to tune."""
+
+    cases: tuple[str, ...] = tuple(GPU_SHAPES)
+    """Names from experiments/benchmarks/shapes.py."""
+    dtype: Literal["bfloat16", "float16"] = "bfloat16"
+    """Of queries, keys and values."""
+    gain: float = 0.02
+    """The part of the time that another size has to save."""
+    repeats: int = 7
+    """Measurements, of which the median counts."""
+    seconds: float = 0.1
+    """How long a measurement lasts at least: that many calls go back to back."""
+    table: Path = sizes.TABLE
+    """JSON file to add to. The kernels read the default one."""
+
+    def __post_init__(self):
+        check_numbers(self)
+
+
+class Faster(NamedTuple):
+    """A size with which the op is faster."""
+
+    size: str
+    before: int
+    after: int
+    seconds_before: float
+    seconds_after: float
+
+
+def main(config: Config) -> dict[str, dict[str, int]]:
+    """Tries, prints, writes; returns what is written."""
+    cases, device = choose(config.cases), sizes.device_kind()
+    file = output.json_file(config.table)
+    table = output.read(file, "table") if file.exists() else {}
+    console, found, tried = Console(width=120), Table(*COLUMNS, box=None), set()
+    with console.status("") as status:
+        for name, shape in cases.items():
+            for faster in tune(shape, config, tried, lambda size, name=name: status.update(f"{name}: {size}")):
+                found.add_row(name, *map(_text, faster))
+                table.setdefault(device, {})[faster.size] = faster.after
+                output.write(file, table)
+    console.print(f"{device}: {len(tried)} sizes, of which {found.row_count} are now others", highlight=False)
+    if found.row_count:
+        console.print(found)
+    return table
+
+
+COLUMNS = ("case", "size", "was", "is", "ms", "ms now")
+
+
+def tune(shape: Shape, config: Config, tried: set[str], tell: Callable[[str], None]) -> Iterator[Faster]:
+    """The sizes that make the op at `shape` faster, each together with those before it.
+
+    `tried` names the sizes that are not to be tried, and gets those that were; `tell` gets the name of each first.
+    """
+    taken: dict[str, int] = {}
+    lowered, choices = lower(shape, config.dtype, taken)
+    run = timer(shape, config)
+    best = run(lowered.compile())
+    while left := choices.keys() - tried:
+        size = min(left)
+        tried.add(size)
+        tell(size)
+        before, options = choices[size]
+        others = {n: lower(shape, config.dtype, taken | {size: n}) for n in options if n != before}
+        seconds = {n: run(program) for n, program in compiled({n: x for n, (x, _) in others.items()}).items()}
+        after = min(seconds, key=seconds.get, default=before)
+        if seconds.get(after, best) < (1 - config.gain) * best:
+            yield Faster(size, before, after, best, seconds[after])
+            taken[size], best, (_, choices) = after, seconds[after], others[after]
+
+
+def compiled(lowered: dict[int, jax.stages.Lowered]) -> dict[int, jax.stages.Compiled]:
+    """Those that can be compiled: a kernel with another size may need more registers than there are."""
+    with ThreadPoolExecutor() as pool:
+        programs = {n: pool.submit(each.compile) for n, each in lowered.items()}
+        wait(programs.values())  # which would slow what is timed
+    return {n: program.result() for n, program in programs.items() if not program.exception()}
+
+
+def lower(shape: Shape, dtype: str, taken: dict[str, int]) -> tuple[jax.stages.Lowered, dict[str, Choice]]:
+    """Forward and backward pass with these sizes, to be compiled, and the sizes that the kernels chose."""
+    op = functools.partial(OPS[shape.op], implementation="pallas")
+    q, k, v, gates = jax.eval_shape(functools.partial(make_inputs, shape, jnp.dtype(dtype)))
+    both = functools.partial(PASSES["forward_backward"], lambda *inputs: op(*inputs)[0])
+    with sizes.trial(taken) as choices:
+        return jax.jit(both).lower(v, q, k, v, gates), choices
+
+
+def timer(shape: Shape, config: Config) -> Callable[[jax.stages.Compiled], float]:
+    """A function that times a program of `lower` on inputs of that shape: the seconds of a call."""
+    inputs = jax.jit(functools.partial(make_inputs, shape, jnp.dtype(config.dtype)))()
+
+    def seconds(program):
+        call = functools.partial(program, inputs[2], *inputs)  # the output is like v, and so is its gradient
+        return time_calls(call, jax.block_until_ready, repeats=config.repeats, seconds=config.seconds)
+
+    return seconds
+
+
+def _text(x: Any) -> str:
+    return f"{1000 * x:.3f}" if isinstance(x, float) else str(x)
+
+
+if __name__ == "__main__":
+    with user_errors():
+        main(tyro.cli(Config, prog="python -m experiments.benchmarks.tune", description=__doc__))
