@@ -51,6 +51,7 @@ def test_every_script_has_a_test_below():
         "experiments.generate",
         "experiments.evaluate",
         "experiments.benchmarks.ops",
+        "experiments.benchmarks.errors",
         "experiments.benchmarks.model",
         "experiments.benchmarks.step",
         "experiments.benchmarks.mesh",

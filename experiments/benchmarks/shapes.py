@@ -78,8 +78,24 @@ CPU_SHAPES = {
 }
 """Shapes of models that learn on a CPU, in float32."""
 
+ERROR_SHAPES = {
+    "gsa-512-odd": Shape("gsa", 1, 1003, 2, 512, 512, 64),
+    "gsa-128-odd": Shape("gsa", 2, 1003, 2, 128, 128, 64),
+    "gla-256-odd": Shape("gla", 1, 1003, 2, 256, 512),
+}
+"""Short enough for the definition in float64, of a length that no chunk divides."""
+
 QUICK_SHAPES = {"gsa-cpu": CPU_SHAPES["gsa-cpu"]}
-SHAPES = GPU_SHAPES | GROWTH_SHAPES | CPU_SHAPES
+SHAPES = GPU_SHAPES | GROWTH_SHAPES | CPU_SHAPES | ERROR_SHAPES
+
+GATES = {
+    "weak": lambda x: jax.nn.log_sigmoid(x) / 16,
+    "ordinary": jax.nn.log_sigmoid,
+    "strong": lambda x: 20 * jax.nn.log_sigmoid(x),
+    "resets": lambda x: jnp.where(x[..., :1] > 2, -1000.0, jax.nn.log_sigmoid(x) / 16),
+}
+"""Log decays of a projection: damped as a model's are, as they come, of tokens that forget most of what was, and damped
+but for one token in 44 that forgets everything."""
 
 
 def choose(names: Sequence[str]) -> dict[str, Shape]:
@@ -89,16 +105,13 @@ def choose(names: Sequence[str]) -> dict[str, Shape]:
     return {name: SHAPES[name] for name in names}
 
 
-def make_inputs(shape, dtype, seed=0):
-    """Random q, k, v, log_decay of `shape`, all in `dtype` as the peers take them.
-
-    Gates as a model's are: log_sigmoid of a projection, damped by 1/16.
-    """
+def make_inputs(shape, dtype, seed=0, gates="weak"):
+    """Random q, k, v, log_decay of `shape`, all in `dtype` as the peers take them; `gates` is a name in `GATES`."""
     keys = jax.random.split(jax.random.key(seed), 4)
     tokens = (shape.B, shape.T, shape.H)
     q, k, v = (
         jax.random.normal(key, (*tokens, size), jnp.float32).astype(dtype)
         for key, size in zip(keys, (shape.K, shape.K, shape.V), strict=False)
     )
-    gates = jax.random.normal(keys[3], (*tokens, shape.gates), jnp.float32)
-    return q, k, v, (jax.nn.log_sigmoid(gates) / 16).astype(dtype)
+    projected = jax.random.normal(keys[3], (*tokens, shape.gates), jnp.float32)
+    return q, k, v, GATES[gates](projected).astype(dtype)

@@ -1,9 +1,11 @@
 """The peers' calls and their timing, in PyTorch; imported by the process of `experiments.benchmarks.peers` alone."""
 
+import functools
 import os
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -16,17 +18,40 @@ def fla(shape: Shape) -> tuple[Callable, tuple]:
 
     As in its own layers, gates have the dtype of q, and GSA's write strength is an input.
     """
-    from fla.ops.gla import chunk_gla
-    from fla.ops.gsa import chunk_gsa
-
     tokens = (shape.B, shape.T, shape.H)
     q, k, v = (torch.randn(*tokens, size, device="cuda") for size in (shape.K, shape.K, shape.V))
     log_decay = torch.nn.functional.logsigmoid(torch.randn(*tokens, shape.gates, device="cuda")) / 16
-    if shape.op == "gla":
-        inputs = _leaves(q, k, v, log_decay)
-        return lambda: chunk_gla(*inputs)[0], inputs
-    inputs = _leaves(q, k, v, -torch.expm1(log_decay), log_decay)
-    return lambda: chunk_gsa(*inputs, scale=1.0)[0], inputs
+    inputs = _leaves(q, k, v, log_decay, *[-torch.expm1(log_decay)] * (shape.op == "gsa"))
+    return functools.partial(_chunked, shape.op, *inputs), inputs
+
+
+def _chunked(op: str, q, k, v, log_decay, write=None, *, scale: float = 1.0) -> torch.Tensor:
+    """The output of fla's op, its arguments in the order of ours."""
+    from fla.ops.gla import chunk_gla
+    from fla.ops.gsa import chunk_gsa
+
+    if op == "gla":
+        return chunk_gla(q, k, v, log_decay, scale=scale)[0]
+    return chunk_gsa(q, k, v, write, log_decay, scale=scale)[0]
+
+
+def results(op: str, scale: float, given: list[list[np.ndarray]]) -> list[dict[str, Any]]:
+    """fla's {"arrays": [output, then the inputs' gradients]} for each [output's gradient, *inputs], which are float32
+    and rounded to bfloat16, or what went wrong.
+
+    Triton compiles the first of its tile sizes only: which one it is makes no difference to rounding.
+    """
+    from triton.runtime.autotuner import Autotuner
+
+    Autotuner.prune_configs = lambda self, arguments: self.configs[:1]
+
+    def run(arrays):
+        cotangent, *inputs = _leaves(*(torch.from_numpy(x).cuda() for x in arrays))
+        out = _chunked(op, *inputs, scale=scale)
+        gradients = torch.autograd.grad(out, inputs, cotangent)
+        return {"arrays": [x.detach().float().cpu().numpy() for x in (out, *gradients)]}
+
+    return [attempt(functools.partial(run, arrays), Exception) for arrays in given]
 
 
 def flash_attention(shape: Shape) -> tuple[Callable, tuple]:

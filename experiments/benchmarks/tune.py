@@ -10,13 +10,12 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import tyro
 from rich.console import Console
-from rich.table import Table
 
 from experiments import output
 from experiments.benchmarks.ops import OPS, PASSES
@@ -49,14 +48,19 @@ class Config:
         check_numbers(self)
 
 
-class Faster(NamedTuple):
-    """A size with which the op is faster."""
+class Trial(NamedTuple):
+    """What became of a size."""
 
     size: str
     before: int
     after: int
-    seconds_before: float
-    seconds_after: float
+    seconds: dict[int, float]
+    """of a forward and backward pass, by what the size was"""
+
+    def __str__(self):
+        times = ", ".join(f"{n}: {1000 * seconds:.3f} ms" for n, seconds in self.seconds.items())
+        outcome = f"stays {self.after}" if self.after == self.before else f"was {self.before}, is {self.after}"
+        return f"{self.size}: {times}; {outcome}"
 
 
 def main(config: Config) -> dict[str, dict[str, int]]:
@@ -64,24 +68,22 @@ def main(config: Config) -> dict[str, dict[str, int]]:
     cases, device = choose(config.cases), sizes.device_kind()
     file = output.json_file(config.table)
     table = output.read(file, "table") if file.exists() else {}
-    console, found, tried = Console(width=120), Table(*COLUMNS, box=None), set()
+    console, tried = Console(soft_wrap=True, highlight=False), set()
+    others = 0
     with console.status("") as status:
         for name, shape in cases.items():
-            for faster in tune(shape, config, tried, lambda size, name=name: status.update(f"{name}: {size}")):
-                found.add_row(name, *map(_text, faster))
-                table.setdefault(device, {})[faster.size] = faster.after
-                output.write(file, table)
-    console.print(f"{device}: {len(tried)} sizes, of which {found.row_count} are now others", highlight=False)
-    if found.row_count:
-        console.print(found)
+            for trial in tune(shape, config, tried, lambda size, name=name: status.update(f"{name}: {size}")):
+                console.print(f"{name}: {trial}")
+                if trial.after != trial.before:
+                    others += 1
+                    table.setdefault(device, {})[trial.size] = trial.after
+                    output.write(file, table)
+    console.print(f"{device}: {len(tried)} sizes, of which {others} are now others")
     return table
 
 
-COLUMNS = ("case", "size", "was", "is", "ms", "ms now")
-
-
-def tune(shape: Shape, config: Config, tried: set[str], tell: Callable[[str], None]) -> Iterator[Faster]:
-    """The sizes that make the op at `shape` faster, each together with those before it.
+def tune(shape: Shape, config: Config, tried: set[str], tell: Callable[[str], None]) -> Iterator[Trial]:
+    """The sizes of the op at `shape`, one after another, each together with what was faster of those before it.
 
     `tried` names the sizes that are not to be tried, and gets those that were; `tell` gets the name of each first.
     """
@@ -95,10 +97,13 @@ def tune(shape: Shape, config: Config, tried: set[str], tell: Callable[[str], No
         tell(size)
         before, options = choices[size]
         others = {n: lower(shape, config.dtype, taken | {size: n}) for n in options if n != before}
-        seconds = {n: run(program) for n, program in compiled({n: x for n, (x, _) in others.items()}).items()}
-        after = min(seconds, key=seconds.get, default=before)
-        if seconds.get(after, best) < (1 - config.gain) * best:
-            yield Faster(size, before, after, best, seconds[after])
+        seconds = {before: best}
+        seconds |= {n: run(program) for n, program in compiled({n: x for n, (x, _) in others.items()}).items()}
+        after = min(seconds, key=seconds.get)
+        if seconds[after] >= (1 - config.gain) * best:
+            after = before
+        yield Trial(size, before, after, seconds)
+        if after != before:
             taken[size], best, (_, choices) = after, seconds[after], others[after]
 
 
@@ -128,10 +133,6 @@ def timer(shape: Shape, config: Config) -> Callable[[jax.stages.Compiled], float
         return time_calls(call, jax.block_until_ready, repeats=config.repeats, seconds=config.seconds)
 
     return seconds
-
-
-def _text(x: Any) -> str:
-    return f"{1000 * x:.3f}" if isinstance(x, float) else str(x)
 
 
 if __name__ == "__main__":

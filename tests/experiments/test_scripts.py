@@ -23,7 +23,7 @@ def run(tmp_path, monkeypatch, capsys):
 
 
 SCRIPTS = ["language_model", "generate", "evaluate", "mqar", "plan"]
-BENCHMARKS = ["ops", "model", "mesh", "step", "peers", "tune"]
+BENCHMARKS = ["ops", "errors", "model", "mesh", "step", "peers", "tune"]
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,8 @@ def test_what_is_faster_is_written_and_what_it_leads_to_is_tried(tmp_path, milli
     assert run(tmp_path) == {"cpu": {"segments 8": 2, "read warpgroups 16": 1}}
     said = capsys.readouterr().out
     assert "cpu: 3 sizes, of which 2 are now others" in said
-    assert ["gsa-64", "segments", "8", "1", "2", "1000.000", "800.000"] in [line.split() for line in said.splitlines()]
+    assert "gsa-64: segments 8: 1: 1000.000 ms, 2: 800.000 ms; was 1, is 2" in said.splitlines()
+    assert "gsa-64: read warpgroups 8: 1: 1000.000 ms, 2: 1500.000 ms; stays 1" in said.splitlines()
 
 
 def test_a_gain_within_the_noise_is_none(tmp_path, milliseconds):
