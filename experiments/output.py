@@ -9,20 +9,20 @@ from typing import Any
 from matplotlib.figure import Figure
 
 
-def json_file(out: Path) -> Path:
+def json_file(out: Path, argument: str = "out") -> Path:
     """The file that an `--out` stands for, its name ending in .json; its folder is there and takes files.
 
     Raises:
-      ValueError: no file can be written there.
+      ValueError: no file can be written there; the message names the argument.
     """
     file = out if out.suffix == ".json" else out.with_name(f"{out.name}.json")
     if file.is_dir():
-        raise ValueError(f"out: {file} is a folder, expected a file")
+        raise ValueError(f"{argument}: {file} is a folder, expected a file")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=file.parent).close()
     except OSError as error:
-        raise ValueError(f"out: {file} can't be written ({error}), expected a file that can") from error
+        raise ValueError(f"{argument}: {file} can't be written ({error}), expected a file that can") from error
     return file
 
 

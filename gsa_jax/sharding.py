@@ -60,10 +60,10 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
 
 def without_single_devices(spec: P, mesh: Mesh | AbstractMesh) -> P:
     """`spec` without the mesh's axes of one device."""
-    return P(*(tuple(name for name in names if mesh.shape[name] > 1) for names in mesh_axes(spec)))
+    return P(*(tuple(name for name in names if mesh.shape[name] > 1) for names in axes_by_dimension(spec)))
 
 
-def mesh_axes(spec: P) -> tuple[tuple[str, ...], ...]:
+def axes_by_dimension(spec: P) -> tuple[tuple[str, ...], ...]:
     """The mesh axes that split each axis of an array."""
     return tuple((axes,) if isinstance(axes, str) else axes or () for axes in spec)
 
@@ -71,7 +71,7 @@ def mesh_axes(spec: P) -> tuple[tuple[str, ...], ...]:
 def check_divides(mesh: Mesh | AbstractMesh, spec: P, argument: str, arrays) -> None:
     """Raises a ValueError, which names the argument, unless the mesh can cut its arrays as `spec` says."""
     for array in jax.tree.leaves(arrays):
-        for axis, (size, names) in enumerate(zip(array.shape, mesh_axes(spec), strict=False)):
+        for axis, (size, names) in enumerate(zip(array.shape, axes_by_dimension(spec), strict=False)):
             if size % math.prod(mesh.shape[name] for name in names):
                 sizes = " x ".join(f"{name}={mesh.shape[name]}" for name in names)
                 raise ValueError(

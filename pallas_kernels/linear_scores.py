@@ -96,6 +96,7 @@ def linear_scores(q, k, parts, mild, *, scale, interpret=None):
         dtype=dtype,
         tiles=BLOCKS + ahead * per_block,
         constants=1,
+        width=key_size,
         arrivals={"block": (ahead, per_block), **decays.Levels.ARRIVALS},
         interpret=interpret,
     )(decays.constant_tiles(dtype), q, k, decays.level_tiles(dtype), mild, parts)

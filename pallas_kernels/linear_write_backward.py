@@ -56,6 +56,7 @@ def linear_write_backward(d_out, scores, key, d_states, interpret=None):
         dtype=dtype,
         tiles=OUT + 2 + num_blocks,
         constants=0,
+        width=value_size,
         arrivals={"left": 1 + num_blocks, "values": (OUT, 1)},
         interpret=interpret,
     )(jnp.zeros((1, *SQUARE), dtype), d_out, scores, key, d_states)

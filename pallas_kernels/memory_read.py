@@ -63,10 +63,12 @@ def _memory_read(x, key, kept, initial, scores, reader, *, states, interpret):
     num_chunks, dtype, per_head = kept.shape[2], x.dtype, num_heads // num_groups
     num_blocks, num_columns = num_slots // SIZE, width // SIZE
     total = batch_size * num_heads * num_columns
-    initial = states_of_segments(x, key, kept, initial, pl.cdiv(total, 2))  # which counts programs of 128 channels
+    name = "memory_read_states" if states else "memory_read"
+    # which counts programs of 128 channels
+    initial = states_of_segments(name, x, key, kept, initial, pl.cdiv(total, 2))
     num_segments = initial.shape[2]
     segment = pl.cdiv(num_chunks, num_segments)
-    warpgroups = _warpgroups(total * num_segments, num_columns, num_blocks)
+    warpgroups = _warpgroups(name, total * num_segments, num_columns, num_blocks, segment)
     leaving = min(num_blocks, 2) if states else 1  # tiles that results leave by
     stages = _stages(warpgroups, num_blocks, leaving)
 
@@ -203,12 +205,12 @@ def store_transposed(tile, x):
     transposed(tile)[...] = plgpu.layout_cast(x, TRANSPOSED)
 
 
-def _warpgroups(total, num_columns, num_blocks):
+def _warpgroups(name, total, num_columns, num_blocks, segment):
     """Warpgroups of a block, each with its 64 of the channels; they share what all channels need."""
     most = 4 if num_blocks == 1 else 2  # a thread then has 128 registers or 255
     options = [n for n in (1, 2, 4) if n <= most and num_columns % n == 0]
     rule = max((n for n in options if total // n >= FEWEST_PROGRAMS), default=1)
-    return choose("memory_read warpgroups", (total, num_columns, num_blocks), rule, options)
+    return choose(f"{name} warpgroups", (total, num_columns, num_blocks, segment), rule, options)
 
 
 def _stages(warpgroups, num_blocks, leaving):

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import jax
 
 TABLE = Path(__file__).with_suffix(".json")
-"""{device: {"memory_read warpgroups 512x8x1": 2}}, what a size is, and the shapes it depends on"""
+"""{device: {"memory_read warpgroups 512x8x1x32": 2}}, what a size is, and the shapes it depends on"""
 
 
 class Choice(NamedTuple):
@@ -40,10 +40,11 @@ def choose(size: str, shape: tuple[int, ...], rule: int, options: Iterable[int])
       ValueError: the trial or the table has a size that would not do.
     """
     name, options = f"{size} {'x'.join(map(str, shape))}", tuple(sorted({rule, *options}))
-    running = _trial.get() or _Trial({}, {})
-    taken = running.sizes.get(name, _table().get(device_kind(), {}).get(name, rule))
+    running, kind = _trial.get() or _Trial({}, {}), device().device_kind
+    taken = running.sizes.get(name, _table().get(kind, {}).get(name, rule))
     if taken not in options:
-        raise ValueError(f"{name}: got {taken}, expected one of {', '.join(map(str, options))}")
+        source = "the trial" if name in running.sizes else f"{TABLE} for {kind}"
+        raise ValueError(f"{name}: got {taken} from {source}, expected one of {', '.join(map(str, options))}")
     running.choices[name] = Choice(taken, options)
     return taken
 
@@ -60,17 +61,18 @@ def trial(sizes: dict[str, int]) -> Iterator[dict[str, Choice]]:
         jax.clear_caches()
 
 
-def device_kind() -> str:
-    """The GPU that a kernel is for: the mesh's in context, or the first one."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return device.device_kind if device else jax.devices()[0].device_kind
+def device() -> jax.Device | jax.sharding.AbstractDevice:
+    """What a kernel is for: the devices of the mesh in context, or the default one."""
+    default = jax.config.jax_default_device  # may be a platform's name
+    if isinstance(default, str):
+        default = jax.devices(default)[0]
+    return jax.sharding.get_abstract_mesh().abstract_device or default or jax.devices()[0]
 
 
 def multiprocessors() -> int:
     """How many it has: as many blocks run at once. An H100's or H200's where that can't be told."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    found = device.num_cores if device else getattr(jax.devices()[0], "core_count", None)
-    return found or 132
+    found = device()
+    return getattr(found, "num_cores", None) or getattr(found, "core_count", None) or 132
 
 
 @functools.cache

@@ -165,6 +165,7 @@ def row_read(name, rest, x, y, states, parts, mild, write, *, outputs, beside=No
         dtype=dtype,
         tiles=own.total,
         constants=1,
+        width=width,
         arrivals={
             "step": (STAGES, 2 + len(blocks)),
             **decays.Levels.ARRIVALS,

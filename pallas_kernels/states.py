@@ -43,15 +43,17 @@ def chunk_states(x, key, kept, initial, *, other=None, reverse=False, interpret=
     """
     batch_size, num_heads, num_slots, width = initial.shape
     programs = batch_size * num_heads * (num_slots // SIZE) * (width // _block(width))
-    initial = states_of_segments(x, key, kept, initial, programs, reverse=reverse)
+    name = "chunk_states_reverse" if reverse else "chunk_states"
+    initial = states_of_segments(name, x, key, kept, initial, programs, reverse=reverse)
     states, last, *dots = _segments(x, key, kept, initial, other=other, reverse=reverse)
     return states, last[:, :, 0 if reverse else -1], *dots
 
 
-def states_of_segments(x, key, kept, initial, programs, reverse=False):
+def states_of_segments(name, x, key, kept, initial, programs, reverse=False):
     """The states [B, H, S, M, D] that enter S segments of cdiv(N, S) chunks, the first ones in time first.
 
     Args:
+      name: of the kernel that goes on from there.
       x, key, kept, initial, reverse: as for `chunk_states`.
       programs: blocks that walk through each segment.
     """
@@ -59,7 +61,7 @@ def states_of_segments(x, key, kept, initial, programs, reverse=False):
     rule = min(pl.cdiv(num_chunks, SHORTEST_SEGMENT), PROGRAMS * multiprocessors() // programs)
     rule = rule if rule >= FEWEST_SEGMENTS else 1
     options = (2**i for i in range(pl.cdiv(num_chunks, SHORTEST_SEGMENT).bit_length()))
-    num_segments = choose("segments", (programs, num_chunks), rule, options)
+    num_segments = choose(f"{name} segments", (programs, num_chunks, *initial.shape[2:]), rule, options)
     initial = initial[:, :, None]
     if num_segments == 1:
         return initial

@@ -139,7 +139,18 @@ class Turn(NamedTuple):
 
 
 def chunk_kernel(
-    name, body, *outputs, shape, dtype, tiles, constants, arrivals, floats=(), warpgroups=WARPGROUPS, interpret=None
+    name,
+    body,
+    *outputs,
+    shape,
+    dtype,
+    tiles,
+    constants,
+    arrivals,
+    width=0,
+    floats=(),
+    warpgroups=WARPGROUPS,
+    interpret=None,
 ):
     """A kernel whose every warpgroup does one chunk of one head after another.
 
@@ -152,6 +163,7 @@ def chunk_kernel(
       outputs: (shape, dtype) each.
       shape: (batch size, number of heads, number of chunks).
       dtype: of the tiles.
+      width: how many channels a chunk's loop goes over, if it has one.
       arrivals: name -> how many copies a barrier waits for, or (how many barriers there are of that name, the same).
       warpgroups: in a block, at most, unless the table of sizes has others.
     """
@@ -160,7 +172,7 @@ def chunk_kernel(
     own = tiles * tile + 4 * sum(map(math.prod, floats))
     fitting = min(MOST_WARPGROUPS, (SHARED_MEMORY - constants * tile) // own)
     rule, options = min(warpgroups, fitting), range(1, fitting + 1)
-    warpgroups = choose(f"{name} warpgroups", (total, own // tile), rule, options)
+    warpgroups = choose(f"{name} warpgroups", (total, own // tile, width), rule, options)
     blocks = min(multiprocessors(), pl.cdiv(total, warpgroups))
 
     def every_warpgroup(constants_ref, *refs):

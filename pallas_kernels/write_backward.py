@@ -104,6 +104,7 @@ def write_backward(memories, key, interpret=None):
         dtype=dtype,
         tiles=OUT + 2,
         constants=0,
+        width=sum(x.shape[-1] for x, *_ in memories),
         arrivals={"step": (STAGES, per_step), "scores": (len(memories), 1), "key": len(blocks)},
         interpret=interpret,
     )(jnp.zeros((1, *SQUARE), dtype), *operands)

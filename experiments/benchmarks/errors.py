@@ -6,6 +6,7 @@ beside the definition in float64 on the same inputs, rounded to the dtype asked 
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -56,6 +57,9 @@ class Config:
 
     def __post_init__(self):
         check_numbers(self)
+        for name in ("cases", "gates"):
+            if not getattr(self, name):
+                raise ValueError(f"{name}: expected at least one, got none")
 
 
 class Problem(NamedTuple):
@@ -69,6 +73,7 @@ class Problem(NamedTuple):
 def main(config: Config) -> dict[str, Any]:
     """Compares, prints, writes; returns what is written."""
     cases, out = choose(config.cases), config.out and output.json_file(config.out)
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # fla's processes need memory too
     on_gpu = jax.default_backend() == "gpu"
     config = dataclasses.replace(
         config,
@@ -99,13 +104,16 @@ def compare(
     """(case, who, `errors` by kind of gates), fla's in the end: Triton compiles meanwhile, all cases side by side."""
     with ThreadPoolExecutor() as pool:
         theirs = {case: pool.submit(fla, problem) for case, problem in problems.items() if with_fla}
-        exact = {case: pool.submit(exactly, problem) for case, problem in problems.items()}
+        exact = {}
         for case, problem in problems.items():
+            exact[case] = exactly(problem)
             for name in config.implementations:
                 found = [attempt(functools.partial(run, problem, name, arrays)) for arrays in problem.given]
-                yield case, name, list(map(errors, found, exact[case].result()))
-        for case, found in theirs.items():
-            yield case, "fla", list(map(errors, found.result(), exact[case].result()))
+                yield case, name, list(map(errors, found, exact[case]))
+        for case, future in theirs.items():
+            found = attempt(lambda future=future: {"results": future.result()}, Exception)
+            found = found.get("results", [found] * len(exact[case]))
+            yield case, "fla", list(map(errors, found, exact[case]))
 
 
 def problem(shape: Shape, config: Config) -> Problem:
@@ -178,17 +186,19 @@ def remarks(rows: list[dict[str, Any]]) -> list[str]:
     lines = [f"{row['case']}, {row['gates']}, {row['by']}: {row['error']}" for row in rows if "error" in row]
     fla = {(row["case"], row["gates"]): row["errors"] for row in rows if row["by"] == "fla" and "errors" in row}
     for name in dict.fromkeys(row["by"] for row in rows if fla and row["by"] != "fla"):
-        ratios = [
-            error / fla[row["case"], row["gates"]][array]
+        pairs = [
+            (error, fla[row["case"], row["gates"]][array])
             for row in rows
             if row["by"] == name and (row["case"], row["gates"]) in fla
             for array, error in row.get("errors", {}).items()
         ]
-        finite = [ratio for ratio in ratios if np.isfinite(ratio)]
-        if finite:
+        ours, theirs = np.reshape(pairs, (-1, 2)).T
+        known = np.isfinite(ours) & np.isfinite(theirs) & (theirs > 0)
+        if known.any():
+            ratios = ours[known] / theirs[known]
             lines.append(
-                f"errors of {name} over fla's: median {np.median(finite):.2f}, at most {max(finite):.2f}, at least "
-                f"{min(finite):.1e}; {len(ratios) - len(finite)} of {len(ratios)} where one of the two is not finite"
+                f"errors of {name} over fla's: median {np.median(ratios):.2f}, at most {ratios.max():.2f}, at least "
+                f"{ratios.min():.1e}; {sum(~known)} of {len(pairs)} where one of the two is not finite"
             )
     return lines
 

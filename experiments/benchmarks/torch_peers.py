@@ -1,4 +1,5 @@
-"""The peers' calls and their timing, in PyTorch; imported by the process of `experiments.benchmarks.peers` alone."""
+"""The peers' calls and their timing, in PyTorch; never imported by a process that
+computes with JAX."""
 
 import functools
 import os

@@ -54,65 +54,76 @@ class Trial(NamedTuple):
     size: str
     before: int
     after: int
-    seconds: dict[int, float]
-    """of a forward and backward pass, by what the size was"""
+    seconds: dict[int, float | None]
+    """of a forward and backward pass, by what the size was; None where a kernel with it does not compile"""
 
     def __str__(self):
-        times = ", ".join(f"{n}: {1000 * seconds:.3f} ms" for n, seconds in self.seconds.items())
+        times = (f"{n}: {_milliseconds(seconds)}" for n, seconds in self.seconds.items())
         outcome = f"stays {self.after}" if self.after == self.before else f"was {self.before}, is {self.after}"
-        return f"{self.size}: {times}; {outcome}"
+        return f"{self.size}: {', '.join(times)}; {outcome}"
 
 
 def main(config: Config) -> dict[str, dict[str, int]]:
     """Tries, prints, writes; returns what is written."""
-    cases, device = choose(config.cases), sizes.device_kind()
-    file = output.json_file(config.table)
+    cases, device = choose(config.cases), sizes.device().device_kind
+    file = output.json_file(config.table, "table")
     table = output.read(file, "table") if file.exists() else {}
-    console, tried = Console(soft_wrap=True, highlight=False), set()
-    others = 0
+    console, settled, others = Console(soft_wrap=True, highlight=False), {}, 0
     with console.status("") as status:
         for name, shape in cases.items():
-            for trial in tune(shape, config, tried, lambda size, name=name: status.update(f"{name}: {size}")):
+            for trial in tune(shape, config, settled, lambda size, name=name: status.update(f"{name}: {size}")):
                 console.print(f"{name}: {trial}")
                 if trial.after != trial.before:
                     others += 1
                     table.setdefault(device, {})[trial.size] = trial.after
                     output.write(file, table)
-    console.print(f"{device}: {len(tried)} sizes, of which {others} are now others")
+    console.print(f"{device}: {len(settled)} sizes, of which {others} are now others")
     return table
 
 
-def tune(shape: Shape, config: Config, tried: set[str], tell: Callable[[str], None]) -> Iterator[Trial]:
-    """The sizes of the op at `shape`, one after another, each together with what was faster of those before it.
+def tune(shape: Shape, config: Config, settled: dict[str, int], tell: Callable[[str], None]) -> Iterator[Trial]:
+    """The sizes of the op at `shape`, one after another, each beside those that are settled.
 
-    `tried` names the sizes that are not to be tried, and gets those that were; `tell` gets the name of each first.
+    `settled` has the sizes that are not to be tried, and gets those that were; `tell` gets the name of each first.
     """
-    taken: dict[str, int] = {}
-    lowered, choices = lower(shape, config.dtype, taken)
     run = timer(shape, config)
-    best = run(lowered.compile())
-    while left := choices.keys() - tried:
+    lowered, choices = lower(shape, config.dtype, settled)
+    program = lowered.compile()
+    while left := choices.keys() - settled.keys():
         size = min(left)
-        tried.add(size)
         tell(size)
         before, options = choices[size]
-        others = {n: lower(shape, config.dtype, taken | {size: n}) for n in options if n != before}
-        seconds = {before: best}
-        seconds |= {n: run(program) for n, program in compiled({n: x for n, (x, _) in others.items()}).items()}
-        after = min(seconds, key=seconds.get)
-        if seconds[after] >= (1 - config.gain) * best:
-            after = before
+        others = {n: lower(shape, config.dtype, settled | {size: n}) for n in options if n != before}
+        programs = {before: program} | compiled({n: lowered for n, (lowered, _) in others.items()})
+        seconds = {n: each and run(each) for n, each in programs.items()}
+        after = fastest(seconds, before, config.gain)
+        if after != before:  # the least of several is often luck: once more
+            after = fastest({n: run(programs[n]) for n in (before, after)}, before, config.gain)
+        settled[size] = after
         yield Trial(size, before, after, seconds)
         if after != before:
-            taken[size], best, (_, choices) = after, seconds[after], others[after]
+            program, (_, choices) = programs[after], others[after]
 
 
-def compiled(lowered: dict[int, jax.stages.Lowered]) -> dict[int, jax.stages.Compiled]:
-    """Those that can be compiled: a kernel with another size may need more registers than there are."""
+def fastest(seconds: dict[int, float | None], before: int, gain: float) -> int:
+    """The size that takes the fewest seconds, or `before` unless that saves the part `gain`."""
+    best = min((n for n in seconds if seconds[n] is not None), key=seconds.get)
+    return best if seconds[best] < (1 - gain) * seconds[before] else before
+
+
+def compiled(lowered: dict[int, jax.stages.Lowered]) -> dict[int, jax.stages.Compiled | None]:
+    """The programs; None for what the compiler refuses: a kernel with another size may need more than there is."""
+
+    def attempt(each):
+        try:
+            return each.compile()
+        except jax.errors.JaxRuntimeError:
+            return None
+
     with ThreadPoolExecutor() as pool:
-        programs = {n: pool.submit(each.compile) for n, each in lowered.items()}
+        programs = {n: pool.submit(attempt, each) for n, each in lowered.items()}
         wait(programs.values())  # which would slow what is timed
-    return {n: program.result() for n, program in programs.items() if not program.exception()}
+    return {n: program.result() for n, program in programs.items()}
 
 
 def lower(shape: Shape, dtype: str, taken: dict[str, int]) -> tuple[jax.stages.Lowered, dict[str, Choice]]:
@@ -133,6 +144,10 @@ def timer(shape: Shape, config: Config) -> Callable[[jax.stages.Compiled], float
         return time_calls(call, jax.block_until_ready, repeats=config.repeats, seconds=config.seconds)
 
     return seconds
+
+
+def _milliseconds(seconds: float | None) -> str:
+    return "does not compile" if seconds is None else f"{1000 * seconds:.3f} ms"
 
 
 if __name__ == "__main__":

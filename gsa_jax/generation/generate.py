@@ -30,13 +30,14 @@ def stream(model, prompt, num_tokens, *, sampling=None, key=None, block_size=Non
     softmax attention needs a longer cache (see `CACHE_UNIT`): the last block is drawn in full and cut.
 
     `unroll` takes the steps with `model.unrolled()`: a third of the memory traffic, for a second copy of the parameters
-    and a compilation that grows with the depth. XLA compiles it in seconds for GPUs, where it is the default, and in
-    minutes for CPUs. In either case the steps have the matrices in the model's dtype, not rounded anew by each.
+    and a compilation that grows with the depth. XLA compiles it in seconds for GPUs and in minutes for CPUs, so it is
+    the default but for these. In either case the steps have the matrices in the model's dtype, not rounded anew by
+    each.
 
     Raises, when the first block is asked for:
       TypeError: the prompt does not hold integers.
-      ValueError: the prompt is empty, not [B, T] or holds ids that are no tokens of the model, or `num_tokens` is less
-        than 1.
+      ValueError: the prompt is empty, not [B, T] or holds ids that are no tokens of the model, or `num_tokens` or
+        `block_size` is less than 1.
     """
     _check_prompt(prompt, model.config.vocab_size)
     prompt = jnp.asarray(prompt, jnp.int32)

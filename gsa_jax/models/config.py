@@ -104,7 +104,9 @@ def _at_size(mixer, hidden_size, num_layers, num_heads):
         "linear": {"linear": LinearAttentionConfig(num_heads=num_heads)},
         "softmax": {"softmax": SoftmaxAttentionConfig(num_heads=hidden_size // 64)},
     }
-    return ModelConfig(hidden_size=hidden_size, num_layers=num_layers, mixers=(mixer,), remat="dots", **settings[mixer])
+    return ModelConfig(
+        hidden_size=hidden_size, num_layers=num_layers, mixers=(mixer,), remat="dots", **settings.get(mixer, {})
+    )
 
 
 def _presets():

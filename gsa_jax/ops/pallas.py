@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from gsa_jax.ops.arguments import forget_at_document_starts
-from pallas_kernels import linear_attention, rms_norm, slot_attention
+from pallas_kernels import linear_attention, rms_norm, sizes, slot_attention
 
 
 def slot_attention_misfit(q, k, v, log_decay, chunk_size):
@@ -61,12 +61,7 @@ def _call_misfit(chunk_size):
 
 
 def _device_misfit(mesh):
-    device = mesh.abstract_device.device_kind if mesh.abstract_device else _default_device()
+    device = (mesh.abstract_device or sizes.device()).device_kind
     if not re.search(r"\b(G?H[128]00|H20)\b", device):
         return f"the kernels need a Hopper GPU, such as an H100 or H200, and the device is {device!r}"
     return None
-
-
-def _default_device():
-    device = jax.config.jax_default_device or jax.devices()[0]  # the first may be a platform's name
-    return device if isinstance(device, str) else device.device_kind

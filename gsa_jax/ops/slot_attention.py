@@ -123,7 +123,7 @@ def checked_state(q, k, v, log_decay, write, initial_state, segment_ids):
         initial_state = SlotState(
             zero_state((*shape, key_size), dtype, like=k), zero_state((*shape, value_size), dtype, like=v)
         )
-    state = _check_state(initial_state, slots, key_size, value_size, dtype)
+    state = _check_state("initial_state", initial_state, slots, key_size, value_size, dtype)
     return SlotState(*vary_alike(*state, q, k, v, log_decay, write, segment_ids)[:2])
 
 
@@ -140,7 +140,7 @@ def gated_slot_attention_step(q, k, v, log_decay, state, write=None, *, scale=1.
     if write is not None:
         check_array("write", write, leading | slots)
     dtype = state_dtype(q, log_decay)
-    state = _check_state(state, leading | slots, key_size, value_size, dtype)
+    state = _check_state("state", state, leading | slots, key_size, value_size, dtype)
 
     log_decay = log_decay.astype(dtype)
     if write is None:
@@ -164,11 +164,11 @@ def write_strength(log_decay):
     return -jnp.expm1(log_decay)
 
 
-def _check_state(state, slots, key_size, value_size, dtype):
+def _check_state(name, state, slots, key_size, value_size, dtype):
     try:
         keys, values = state
     except (TypeError, ValueError) as error:
-        raise TypeError(f"the state must be a SlotState(keys, values), got {type(state).__name__}") from error
-    check_array("state.keys", keys, slots | {"K": key_size})
-    check_array("state.values", values, slots | {"V": value_size})
+        raise TypeError(f"{name} must be a SlotState(keys, values), got {type(state).__name__}") from error
+    check_array(f"{name}.keys", keys, slots | {"K": key_size})
+    check_array(f"{name}.values", values, slots | {"V": value_size})
     return SlotState(keys.astype(dtype), values.astype(dtype))

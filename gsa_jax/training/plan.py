@@ -14,7 +14,7 @@ from jax.sharding import AbstractMesh
 
 from gsa_jax.layers.checks import check_numbers
 from gsa_jax.models import LanguageModel, ModelConfig, abstract_model, count_parameters
-from gsa_jax.sharding import MESH_AXES, mesh_axes
+from gsa_jax.sharding import MESH_AXES, axes_by_dimension
 from gsa_jax.training.config import ConfigError, MeshConfig, TrainConfig
 from gsa_jax.training.optimizer import make_optimizer
 from gsa_jax.training.sharding import shardings
@@ -84,7 +84,7 @@ def placement(config: TrainConfig) -> list[Placed]:
     rows = []
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
         name = jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
-        spec = [" x ".join(axes) or "-" for axes in mesh_axes(leaf.sharding.spec)]
+        spec = [" x ".join(axes) or "-" for axes in axes_by_dimension(leaf.sharding.spec)]
         split = " ".join(spec) if set(spec) - {"-"} else ""
         size = math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         rows.append(Placed(name, leaf.shape, leaf.dtype.name, split, size))
@@ -173,7 +173,7 @@ def _parameters(config: ModelConfig, mesh: MeshConfig) -> dict[str, tuple[tuple[
     variables = nnx.to_flat_state(_parameter_state(config))
     placed = shardings(dict(variables), _abstract_mesh(mesh))
     return {
-        "/".join(map(str, path)): (variable.shape, mesh_axes(jax.tree.leaves(placed[path])[0].spec))
+        "/".join(map(str, path)): (variable.shape, axes_by_dimension(jax.tree.leaves(placed[path])[0].spec))
         for path, variable in variables
     }
 

@@ -42,6 +42,24 @@ def test_an_implementation_that_refuses_says_why(cases, capsys):
     assert "linear, weak, pallas: does not fit" in capsys.readouterr().out
 
 
+def test_a_failing_peer_leaves_the_others(cases, monkeypatch, capsys):
+    config = errors.Config(cases=("linear",), gates=("weak", "strong"), implementations=("scan",), dtype="float32")
+    monkeypatch.setattr(errors, "fla", lambda problem: 1 / 0)
+    problem = errors.problem(SHAPES["linear"], config)
+    ((_, _, ours), (_, name, theirs)) = errors.compare({"linear": problem}, config, with_fla=True)
+    assert name == "fla" and theirs == [{"error": "failed: division by zero"}] * 2
+    assert all(row["errors"]["out"] < 1e-5 for row in ours)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"cases": ()}, "cases: expected"), ({"gates": ()}, "gates: expected"), ({"cases": ("slots",)}, "unknown cases")],
+)
+def test_bad_input_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        errors.main(errors.Config(**changes))
+
+
 def test_errors_are_relative_to_the_reference():
     found = {"arrays": [np.array([3.0, 4.5]), np.array([1.0])]}
     assert errors.errors(found, [np.array([3.0, 4.0]), np.array([2.0])]) == {"errors": {"out": 0.1, "dq": 0.5}}

@@ -1,7 +1,9 @@
 """The tuning of the kernels' sizes: what it tries, what it takes, and what it writes."""
 
 import json
+from pathlib import Path
 
+import jax
 import pytest
 
 from experiments.benchmarks import tune
@@ -16,7 +18,7 @@ class Lowered:
 
     def compile(self):
         if self.sizes["read warpgroups 8"] == 4:
-            raise RuntimeError("too many registers")
+            raise jax.errors.JaxRuntimeError("too many registers")
         return self
 
 
@@ -52,7 +54,9 @@ def test_what_is_faster_is_written_and_what_it_leads_to_is_tried(tmp_path, milli
     said = capsys.readouterr().out
     assert "cpu: 3 sizes, of which 2 are now others" in said
     assert "gsa-64: segments 8: 1: 1000.000 ms, 2: 800.000 ms; was 1, is 2" in said.splitlines()
-    assert "gsa-64: read warpgroups 8: 1: 1000.000 ms, 2: 1500.000 ms; stays 1" in said.splitlines()
+    assert (
+        "gsa-64: read warpgroups 8: 1: 1000.000 ms, 2: 1500.000 ms, 4: does not compile; stays 1" in said.splitlines()
+    )
 
 
 def test_a_gain_within_the_noise_is_none(tmp_path, milliseconds):
@@ -67,9 +71,45 @@ def test_a_size_is_tried_once_and_the_table_keeps_what_it_had(tmp_path, millisec
     assert run(tmp_path, "gsa-64", "gsa-128") == expected
 
 
+def test_luck_does_not_count(tmp_path, milliseconds, monkeypatch):
+    once = {2}
+
+    def seconds(program):
+        lucky = {program.sizes["segments 8"]} & once
+        once.difference_update(lucky)
+        return 0.5 if lucky else 1.0
+
+    monkeypatch.setattr(tune, "timer", lambda *_: seconds)
+    assert run(tmp_path) == {} and not once
+
+
+def test_what_is_found_for_one_case_is_in_use_for_the_next(tmp_path, milliseconds, monkeypatch, capsys):
+    milliseconds |= {("segments 8", 2): -0.5}
+    lower, taken_by = tune.lower, []
+    monkeypatch.setattr(
+        tune, "lower", lambda shape, dtype, taken: taken_by.append((shape.K, taken)) or lower(shape, dtype, taken)
+    )
+    assert run(tmp_path, "gsa-64", "gsa-128") == {"cpu": {"segments 8": 2}}
+    assert [taken["segments 8"] for key_size, taken in taken_by if key_size == 128] == [2]
+    assert "gsa-128" not in capsys.readouterr().out
+
+
+def test_only_the_compiler_may_refuse(tmp_path, milliseconds, monkeypatch):
+    def compile_first_only(self):
+        return self if self.sizes["segments 8"] == 1 else 1 / 0
+
+    monkeypatch.setattr(Lowered, "compile", compile_first_only)
+    with pytest.raises(ZeroDivisionError):
+        run(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"cases": ("gsa-63",)}, "unknown cases: gsa-63; known are"), ({"gain": -1.0}, "gain must be")],
+    [
+        ({"cases": ("gsa-63",)}, "unknown cases: gsa-63; known are"),
+        ({"gain": -1.0}, "gain must be"),
+        ({"table": Path("/proc/sizes.json")}, "table: .* can't be written"),
+    ],
 )
 def test_bad_input_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):

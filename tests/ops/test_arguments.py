@@ -82,12 +82,12 @@ def test_both(function, change, error, message):
         (
             {"initial_state": STATE._replace(keys=jnp.ones((B, G, K, M)))},
             ValueError,
-            "state.keys must have shape [B=2, G=2, M=7, K=3] with no empty dimension, got [2, 2, 3, 7]",
+            "initial_state.keys must have shape [B=2, G=2, M=7, K=3] with no empty dimension, got [2, 2, 3, 7]",
         ),
         (
             {"initial_state": STATE._replace(values=jnp.ones((B, G, M, K)))},
             ValueError,
-            "state.values must have shape [B=2, G=2, M=7, V=6]",
+            "initial_state.values must have shape [B=2, G=2, M=7, V=6]",
         ),
     ],
 )

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gsa_jax.ops import pallas
+from pallas_kernels import sizes
 from tests.ops.cases import (
     Sizes,
     assert_all_close,
@@ -17,7 +17,7 @@ from tests.ops.cases import (
     outputs_and_gradients,
     slot_attention,
 )
-from tests.pallas_kernels.hopper import H100
+from tests.pallas_kernels.hopper import mesh
 
 TOLERANCE = 7e-3
 """by norm; the chunked form, in bfloat16 too, comes to 5e-3 as well"""
@@ -26,7 +26,7 @@ TOLERANCE = 7e-3
 @pytest.fixture
 def run(interpreted, monkeypatch):
     """`outputs_and_gradients` with the kernels."""
-    monkeypatch.setattr(pallas, "_default_device", lambda: H100)
+    monkeypatch.setattr(sizes, "device", lambda: mesh().abstract_device)
     compiled = jax.jit(
         functools.partial(outputs_and_gradients.__wrapped__, implementation="pallas", scale=0.1), static_argnums=0
     )

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from tests.ops.cases import Sizes, slot_attention
+from tests.ops.cases import OPS, Sizes, slot_attention
 from tests.pallas_kernels.hopper import count_kernels, forward_and_backward, mesh, shapes
 
 BF16, F16, F32 = jnp.bfloat16, jnp.float16, jnp.float32
@@ -49,9 +49,15 @@ def test_vmap():
     assert count_kernels(jax.vmap(slot_attention, in_axes=(axes,)), some) == FORWARD
 
 
-def test_64_bit_integers():
+@pytest.mark.parametrize("op", OPS)
+def test_64_bit_integers(op):
+    run, arrays = (
+        functools.partial(forward_and_backward, functools.partial(op, implementation="pallas")),
+        shapes(op, SMALL),
+    )
     with jax.enable_x64(True):
-        assert count_kernels(slot_attention, shapes(slot_attention, SMALL)) == FORWARD
+        kernels = count_kernels(run, arrays)
+    assert kernels == count_kernels(run, arrays) > 0
 
 
 def layers(arrays):

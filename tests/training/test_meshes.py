@@ -1,4 +1,4 @@
-"""On every mesh of eight devices the loss and the gradient are those of one, and nothing is moved that need not be."""
+"""On meshes of eight devices the loss and the gradient are those of one, and nothing is moved that need not be."""
 
 import json
 import os

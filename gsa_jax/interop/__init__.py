@@ -1,1 +1,0 @@
-"""Weights and models of other libraries."""
