@@ -53,9 +53,24 @@ def partition_spec(names: tuple[str | None, ...], shape: tuple[int, ...], mesh: 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     """`x`, which XLA is to split by the names of its axes over the mesh in context (`jax.set_mesh`), if there is one.
 
-    Does nothing where the mesh has one device, or where `jax.shard_map` or explicit axes have settled it.
+    Does nothing where the mesh has one device, or where `jax.shard_map` has settled it.
     """
-    return jax.lax.with_sharding_constraint(x, partition_spec(names, x.shape)) if _splits() else x
+    return jax.lax.with_sharding_constraint(x, partition_spec(names, x.shape)) if spreading_mesh() else x
+
+
+def spreading_mesh() -> AbstractMesh | None:
+    """The mesh in context (`jax.set_mesh`), if it has several devices that XLA spreads the computation over.
+
+    Raises:
+      ValueError: it has the axes `MESH_AXES`, and some are Explicit, over which nothing here is spread.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.size > 1 and AxisType.Explicit in mesh.axis_types and set(MESH_AXES) <= set(mesh.axis_names):
+        raise ValueError(
+            f"mesh: the axes {', '.join(mesh.axis_names)} must be Auto, got {', '.join(map(str, mesh.axis_types))}; "
+            "jax.make_mesh takes axis_types=(jax.sharding.AxisType.Auto,) * 4"
+        )
+    return mesh if mesh.size > 1 and set(mesh.axis_types) == {AxisType.Auto} else None
 
 
 def without_single_devices(spec: P, mesh: Mesh | AbstractMesh) -> P:
@@ -115,11 +130,5 @@ def over_tokens(function: Callable, whole: jax.Array, *, total: bool = False, **
 def _token_axes() -> tuple[str, ...]:
     """The axes of the mesh in context over whose several devices tokens are split, rows and places in a row; () without
     such a mesh."""
-    axes, sizes = RULES["batch"] + RULES["length"], jax.sharding.get_abstract_mesh().shape
-    return tuple(axis for axis in axes if sizes[axis] > 1) if _splits() and set(axes) <= set(sizes) else ()
-
-
-def _splits() -> bool:
-    """Whether there is a mesh in context whose devices XLA spreads the computation over."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return mesh.size > 1 and all(kind == AxisType.Auto for kind in mesh.axis_types)
+    axes, mesh = RULES["batch"] + RULES["length"], spreading_mesh()
+    return tuple(axis for axis in axes if mesh.shape[axis] > 1) if mesh and set(axes) <= set(mesh.axis_names) else ()

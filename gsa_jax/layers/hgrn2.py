@@ -8,7 +8,7 @@ from flax import nnx
 
 from gsa_jax.layers.checks import check_numbers
 from gsa_jax.layers.linear import linear
-from gsa_jax.layers.mixer import Mixer, merge_heads
+from gsa_jax.layers.mixer import Mixer, check_inputs, merge_heads
 from gsa_jax.layers.norm import RMSNorm
 from gsa_jax.ops import sharded
 
@@ -57,6 +57,7 @@ class HGRN2(Mixer):
 
     def __call__(self, x, state=None, segment_ids=None, *, lower_bound=0.0):
         """As every mixer; `lower_bound` [D] of the forget gate, in [0, 1), from `lower_bounds`."""
+        check_inputs(x, self.out.out_features)
         log_forget, key = self.log_forget(self.forget(x), lower_bound)
         q = jax.nn.swish(self.q(x))
         out, state = sharded.gated_linear_attention(

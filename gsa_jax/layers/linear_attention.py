@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from gsa_jax.layers.checks import check_numbers
 from gsa_jax.layers.feature_maps import feature_map
 from gsa_jax.layers.linear import linear
-from gsa_jax.layers.mixer import HeadProjections, Mixer, head_size, merge_heads
+from gsa_jax.layers.mixer import HeadProjections, Mixer, check_inputs, head_size, merge_heads
 from gsa_jax.layers.norm import RMSNorm
 from gsa_jax.ops import sharded
 
@@ -34,8 +34,8 @@ class LinearAttentionLayer(Mixer):
 
     def __init__(self, hidden_size, config, *, output_gate, implementation, dtype, rngs):
         num_kv_heads = config.num_kv_heads or config.num_heads
-        key_size = head_size(hidden_size, config.expand_k, config.num_heads, "expand_k")
-        value_size = head_size(hidden_size, config.expand_v, config.num_heads, "expand_v")
+        key_size = head_size(hidden_size, config.num_heads, expand_k=config.expand_k)
+        value_size = head_size(hidden_size, config.num_heads, expand_v=config.expand_v)
         self.config = config
         self.implementation = implementation
         self.memory_shape = (num_kv_heads, key_size, value_size)
@@ -52,6 +52,7 @@ class LinearAttentionLayer(Mixer):
         self.out = linear(out_size, hidden_size, ("heads", "embed"), dtype=dtype, rngs=rngs)
 
     def __call__(self, x, state=None, segment_ids=None):
+        check_inputs(x, self.out.out_features, state, LinearAttentionState)
         memory, conv_state, position = (None, (), jnp.int32(0)) if state is None else state
         q, k, v, conv_state = self.projections(x, conv_state, segment_ids)
         out, memory = sharded.gated_linear_attention(

@@ -1,10 +1,13 @@
 """What every token mixer has in common: two calls, and projections to heads."""
 
+import math
+
 import jax.numpy as jnp
 from flax import nnx
 
 from gsa_jax.layers.linear import linear
 from gsa_jax.layers.short_conv import ShortConvolution
+from gsa_jax.ops.arguments import check_array
 
 
 class Mixer(nnx.Module):
@@ -19,6 +22,9 @@ class Mixer(nnx.Module):
         `state` is what an earlier call returned or `init_state` made; None is the empty state. `segment_ids` [B, T]
         mark documents packed into one row: where the id changes a document begins that sees nothing before it. The
         state passed in belongs to the row's first document, the returned one to its last.
+
+        Raises:
+          TypeError, ValueError: an argument has the wrong dtype or shape, or is of another kind; the message names it.
         """
         raise NotImplementedError
 
@@ -65,14 +71,20 @@ class HeadProjections(nnx.Module):
         return tuple(conv.init_state(batch_size) for conv in self.convolutions)
 
 
-def head_size(hidden_size, expand, num_heads, name):
-    """hidden_size · expand / num_heads, which must be whole; `name` is the setting to blame."""
-    size = hidden_size * expand / num_heads
+def check_inputs(x, hidden_size, state=None, kind=object):
+    """Raises unless x is [B, T, D] and `state` None or what the layer's `init_state` makes, a `kind`."""
+    check_array("x", x, {"B": None, "T": None, "D": hidden_size})
+    if state is not None and not isinstance(state, kind):
+        raise TypeError(f"state must be a {kind.__name__}, as init_state makes it, or None, got {type(state).__name__}")
+
+
+def head_size(hidden_size, num_heads, **expand):
+    """hidden_size / num_heads, times the setting `expand` by its name if there is one; it must be whole."""
+    size = math.prod(expand.values()) * hidden_size / num_heads
     if size < 1 or size != int(size):
-        raise ValueError(
-            f"hidden_size · {name} must be a multiple of the number of heads, "
-            f"got hidden_size={hidden_size}, {name}={expand}, heads={num_heads}"
-        )
+        got = ", ".join(f"{name}={value}" for name, value in {"hidden_size": hidden_size, **expand}.items())
+        product = " · ".join(["hidden_size", *expand])
+        raise ValueError(f"{product} must be a multiple of the number of heads, got {got}, heads={num_heads}")
     return int(size)
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from gsa_jax.layers.checks import check_numbers
 from gsa_jax.layers.feature_maps import feature_map
 from gsa_jax.layers.linear import linear
-from gsa_jax.layers.mixer import HeadProjections, Mixer, head_size, merge_heads
+from gsa_jax.layers.mixer import HeadProjections, Mixer, check_inputs, head_size, merge_heads
 from gsa_jax.layers.norm import RMSNorm
 from gsa_jax.ops import SlotState, sharded
 
@@ -64,8 +64,8 @@ class GatedSlotAttention(Mixer):
     def __init__(self, hidden_size, config=None, *, implementation=None, dtype=jnp.float32, rngs):
         config = self.Config() if config is None else config
         num_kv_heads = config.num_kv_heads or config.num_heads
-        key_size = head_size(hidden_size, config.expand_k, config.num_heads, "expand_k")
-        value_size = head_size(hidden_size, config.expand_v, config.num_heads, "expand_v")
+        key_size = head_size(hidden_size, config.num_heads, expand_k=config.expand_k)
+        value_size = head_size(hidden_size, config.num_heads, expand_v=config.expand_v)
         self.config = config
         self.implementation = implementation
         self.memory_shape = (num_kv_heads, config.num_slots, key_size, value_size)
@@ -82,6 +82,7 @@ class GatedSlotAttention(Mixer):
         self.out = linear(out_size, hidden_size, ("heads", "embed"), dtype=dtype, rngs=rngs)
 
     def __call__(self, x, state=None, segment_ids=None):
+        check_inputs(x, self.out.out_features, state, SlotAttentionState)
         memory, conv_state, gate_state = (None, (), None) if state is None else state
         q, k, v, conv_state = self.projections(x, conv_state, segment_ids)
         log_decay, gate_state = self.log_decay(x, gate_state, segment_ids)

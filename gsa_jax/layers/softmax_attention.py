@@ -8,7 +8,7 @@ from flax import struct
 
 from gsa_jax.layers.checks import check_numbers
 from gsa_jax.layers.linear import linear
-from gsa_jax.layers.mixer import HeadProjections, Mixer, head_size, merge_heads
+from gsa_jax.layers.mixer import HeadProjections, Mixer, check_inputs, head_size, merge_heads
 from gsa_jax.layers.rotary import rotate
 from gsa_jax.ops import sharded
 from gsa_jax.ops.arguments import check_segment_ids, document_starts
@@ -63,7 +63,7 @@ class SoftmaxAttention(Mixer):
         """`implementation` is for the other mixers: this one runs `jax.nn.dot_product_attention`."""
         config = self.Config() if config is None else config
         num_kv_heads = config.num_kv_heads or config.num_heads
-        size = head_size(hidden_size, 1, config.num_heads, "1")
+        size = head_size(hidden_size, config.num_heads)
         self.config = config
         self.dtype = dtype
         self.cache_shape = (num_kv_heads, size)
@@ -73,6 +73,7 @@ class SoftmaxAttention(Mixer):
         self.out = linear(hidden_size, hidden_size, ("heads", "embed"), dtype=dtype, rngs=rngs)
 
     def __call__(self, x, state=None, segment_ids=None):
+        check_inputs(x, self.out.out_features, state, KeyValueCache)
         batch_size, length, _ = x.shape
         check_segment_ids(segment_ids, {"B": batch_size, "T": length})
         cache = self.init_state(batch_size) if state is None else state

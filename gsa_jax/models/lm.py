@@ -13,6 +13,7 @@ from gsa_jax.layers import MIXERS, RMSNorm, SwiGLU, lower_bounds
 from gsa_jax.layers.linear import linear
 from gsa_jax.layers.norm import add
 from gsa_jax.models.config import ModelConfig
+from gsa_jax.ops.arguments import check_array
 from gsa_jax.ops.dot import dot
 from gsa_jax.sharding import constrain, over_tokens
 
@@ -88,7 +89,12 @@ class LanguageModel(nnx.Module):
 
         `state` is what an earlier call returned, or `init_state` made; None is the empty state. `segment_ids` [B, T]
         mark documents packed into one row (see `gsa_jax.layers.Mixer`).
+
+        Raises:
+          TypeError, ValueError: an argument has the wrong dtype or shape, or is of another kind; the message names it.
         """
+        check_array("tokens", tokens, {"B": None, "T": None}, jnp.integer)
+        self._check_state(state)
         definitions, parameters = zip(*(nnx.split(blocks) for blocks in self.blocks), strict=True)
 
         def repeat(x, layer):
@@ -110,6 +116,19 @@ class LanguageModel(nnx.Module):
         else:
             x, state = lax.scan(repeat, x, layers, unroll=self.config.unroll)
         return self.norm(x), state
+
+    def _check_state(self, state):
+        """Raises unless `state` is None or has the states of this depth."""
+        if state is None:
+            return
+        blocks, repeats = len(self.blocks), self.num_repeats
+        expected = f"state must be a tuple of {blocks} states stacked over {repeats} repeats, as init_state makes it"
+        if not isinstance(state, tuple) or len(state) != blocks:
+            got = f"{len(state)} of them" if isinstance(state, tuple) else type(state).__name__
+            raise TypeError(f"{expected}, got {got}")
+        for leaf in jax.tree.leaves(state):
+            if jnp.shape(leaf)[:1] != (repeats,):
+                raise ValueError(f"{expected}, got an array of shape {list(jnp.shape(leaf))}")
 
     def _embed(self, tokens):
         """The tokens' rows of the table, which is gathered in `dtype`; only a split of the vocabulary stays."""

@@ -1,5 +1,7 @@
 """What the public functions of this package have in common: checking arguments, heads in groups, packed documents."""
 
+import numbers
+
 import jax
 import jax.numpy as jnp
 
@@ -11,16 +13,17 @@ def state_dtype(*arrays):
     return jnp.promote_types(jnp.float32, jnp.result_type(*arrays))
 
 
-def check_array(name, x, shape):
-    """Raises unless `x` is a floating array of that shape; letters in `shape` document sizes fixed by other arguments.
+def check_array(name, x, shape, kind=jnp.floating):
+    """Raises unless `x` is a floating array of that shape, or one of integers if `kind` is `jnp.integer`.
 
-    `shape` maps dimension names to sizes; a size of None admits any.
+    `shape` maps dimension names to sizes, which other arguments fix; a size of None admits any.
     """
     expected = "[" + ", ".join(d if size is None else f"{d}={size}" for d, size in shape.items()) + "]"
     if not hasattr(x, "shape") or not hasattr(x, "dtype"):
         raise TypeError(f"{name} must be an array of shape {expected}, got {type(x).__name__}")
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise TypeError(f"{name} must be floating point, got dtype {x.dtype}")
+    if not jnp.issubdtype(x.dtype, kind):
+        expected = "be floating point" if kind is jnp.floating else "hold integers"
+        raise TypeError(f"{name} must {expected}, got dtype {x.dtype}")
     fits = len(x.shape) == len(shape) and all(
         size is None or n == size for n, size in zip(x.shape, shape.values(), strict=True)
     )
@@ -50,21 +53,22 @@ def check_qkv(q, k, v, *, tokens=("B", "T")):
 
 def check_segment_ids(segment_ids, leading):
     """Raises unless `segment_ids` is None or an integer array [B, T]."""
-    if segment_ids is None:
-        return
-    shape = tuple(leading.values())
-    if not hasattr(segment_ids, "dtype") or not jnp.issubdtype(segment_ids.dtype, jnp.integer):
-        raise TypeError(f"segment_ids must be an integer array, got {getattr(segment_ids, 'dtype', type(segment_ids))}")
-    if segment_ids.shape != shape:
-        raise ValueError(f"segment_ids must have shape [B={shape[0]}, T={shape[1]}], got {list(segment_ids.shape)}")
+    if segment_ids is not None:
+        check_array("segment_ids", segment_ids, leading, jnp.integer)
 
 
 def check_chunk_size(chunk_size):
     """Raises unless `chunk_size` is None or a power of two."""
     if chunk_size is None:
         return
-    if not isinstance(chunk_size, int) or chunk_size < 1 or chunk_size & (chunk_size - 1):
+    if not isinstance(chunk_size, numbers.Integral) or chunk_size < 1 or chunk_size & (chunk_size - 1):
         raise ValueError(f"chunk_size must be a power of two or None, got {chunk_size!r}")
+
+
+def check_scale(scale):
+    """Raises unless `scale` is a number, or an array of one."""
+    if not isinstance(scale, numbers.Real) and getattr(scale, "shape", None) != ():
+        raise TypeError(f"scale must be a number, got {scale!r}")
 
 
 def select(implementation, implementations, misfit, on_request):

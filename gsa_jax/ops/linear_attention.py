@@ -5,6 +5,7 @@ from gsa_jax.ops.arguments import (
     check_array,
     check_chunk_size,
     check_qkv,
+    check_scale,
     check_segment_ids,
     forget_at_document_starts,
     group_heads,
@@ -54,6 +55,8 @@ def gated_linear_attention(
     """
     initial_state = checked_state(q, k, v, log_decay, initial_state, segment_ids)
     check_chunk_size(chunk_size)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    check_scale(scale)
     if implementation is None and q.shape[1] == 1:
         token = (x[:, 0] for x in (q, k, v, log_decay))
         out, state = gated_linear_attention_step(*token, initial_state, scale=scale)
@@ -62,7 +65,6 @@ def gated_linear_attention(
     implementation = select(implementation, _IMPLEMENTATIONS, misfit, pallas.spreads())
 
     dtype, num_groups = state_dtype(q, log_decay), k.shape[2]
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
     run, options = _IMPLEMENTATIONS[implementation], {"scale": scale, "initial_state": initial_state}
     if implementation == "pallas":
         return run(q, k, v, log_decay, segment_ids=segment_ids, **options)
@@ -99,6 +101,7 @@ def gated_linear_attention_step(q, k, v, log_decay, state, *, scale=None):
     check_array("state", state, leading | {"G": num_groups, "K": key_size, "V": value_size})
     dtype = state_dtype(q, log_decay)
     scale = key_size**-0.5 if scale is None else scale
+    check_scale(scale)
 
     state = scan.write(state.astype(dtype), log_decay.astype(dtype), k.astype(dtype), v.astype(dtype))
     out = scale * scan.read_columns(state, group_heads(q, num_groups).astype(dtype))

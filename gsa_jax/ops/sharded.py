@@ -13,12 +13,11 @@ import inspect
 import math
 
 import jax
-from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from gsa_jax import ops
 from gsa_jax.ops import context, pallas
-from gsa_jax.sharding import BATCH, MESH_AXES, RULES, check_divides, without_single_devices
+from gsa_jax.sharding import BATCH, MESH_AXES, RULES, check_divides, spreading_mesh, without_single_devices
 from pallas_kernels import rms_norm as kernels
 
 TOKENS = P(*BATCH, RULES["heads"])
@@ -31,9 +30,8 @@ LAST_TOKENS = P(RULES["batch"], None, RULES["heads"])
 
 def _active_mesh():
     """The mesh that `jax.set_mesh` set, if it has several devices and the axes `MESH_AXES`, all Auto; else None."""
-    mesh = jax.sharding.get_abstract_mesh()
-    ours = set(MESH_AXES) <= set(mesh.axis_names) and set(mesh.axis_types) == {AxisType.Auto}
-    return mesh if ours and mesh.size > 1 else None
+    mesh = spreading_mesh()
+    return mesh if mesh and set(MESH_AXES) <= set(mesh.axis_names) else None
 
 
 def _over_mesh(op, part, in_specs, out_specs):

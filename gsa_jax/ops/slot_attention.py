@@ -11,6 +11,7 @@ from gsa_jax.ops.arguments import (
     check_array,
     check_chunk_size,
     check_qkv,
+    check_scale,
     check_segment_ids,
     forget_at_document_starts,
     group_heads,
@@ -87,6 +88,7 @@ def gated_slot_attention(
     """
     state = checked_state(q, k, v, log_decay, write, initial_state, segment_ids)
     check_chunk_size(chunk_size)
+    check_scale(scale)
     if implementation is None and q.shape[1] == 1:
         q, k, v, log_decay, write = (x if x is None else x[:, 0] for x in (q, k, v, log_decay, write))
         out, state = gated_slot_attention_step(q, k, v, log_decay, state, write, scale=scale)
@@ -139,6 +141,7 @@ def gated_slot_attention_step(q, k, v, log_decay, state, write=None, *, scale=1.
     slots = {"G": num_groups, "M": log_decay.shape[-1]}
     if write is not None:
         check_array("write", write, leading | slots)
+    check_scale(scale)
     dtype = state_dtype(q, log_decay)
     state = _check_state("state", state, leading | slots, key_size, value_size, dtype)
 

@@ -19,7 +19,7 @@ AXES = {"embed", "heads", "mlp", "vocab", None}
     [
         ("gsa", {"num_heads": 3}, "expand_k .* hidden_size=16, expand_k=1.0, heads=3"),
         ("gla", {"expand_v": 0.1}, "expand_v .* hidden_size=16, expand_v=0.1, heads=4"),
-        ("softmax", {"num_heads": 5}, "number of heads, got hidden_size=16"),
+        ("softmax", {"num_heads": 5}, "hidden_size must be a multiple of the number of heads, got hidden_size=16, heads=5"),
         ("gsa", {"num_kv_heads": 3}, "num_heads must be a multiple of num_kv_heads, got 4 and 3"),
         ("retention", {"num_kv_heads": 8}, "num_heads must be a multiple of num_kv_heads, got 4 and 8"),
         ("gsa", {"feature_map": "swich"}, "feature_map must be one of swish, relu, elu1, identity, got 'swich'"),
@@ -83,8 +83,32 @@ def test_parameters_are_float32_and_name_their_axes(name, dtype):
         assert len(axes) == parameter.ndim and set(axes) <= AXES
 
 
-def test_segment_ids_are_checked_with_a_state_too():
-    layer = VARIANTS["softmax"].build()
-    x = jnp.ones((1, 3, HIDDEN))
-    with pytest.raises(TypeError, match="segment_ids must be an integer array, got float32"):
-        layer(x, layer.init_state(1), jnp.zeros((1, 3)))
+X = jnp.ones((1, 3, HIDDEN))
+NO_STATE = r"(state must be a \w+, as init_state makes it, or None|initial_state must be an array of shape .*), got "
+
+
+@pytest.mark.parametrize(
+    ("x", "state", "error", "message"),
+    [
+        (jnp.ones((1, 3, HIDDEN + 1)), None, ValueError, r"x must have shape \[B, T, D=16\] .*, got \[1, 3, 17\]"),
+        (X[0], None, ValueError, r"x must have shape \[B, T, D=16\] .*, got \[3, 16\]"),
+        (X.astype(int), None, TypeError, "x must be floating point, got dtype int32"),
+        ([1.0], None, TypeError, r"x must be an array of shape \[B, T, D=16\], got list"),
+        (X, 5, TypeError, NO_STATE + "int"),
+        (X, (), TypeError, NO_STATE + "tuple"),
+    ],
+)
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_what_a_mixer_does_not_take_is_named(mixer, x, state, error, message):
+    with pytest.raises(error, match=message):
+        VARIANTS[mixer].build()(x, state)
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_segment_ids_are_checked_with_a_state_too(mixer):
+    layer = VARIANTS[mixer].build()
+    with pytest.raises(TypeError, match="segment_ids must hold integers, got dtype float32"):
+        layer(X, layer.init_state(1), jnp.zeros((1, 3)))
+    if mixer != "hgrn2":
+        with pytest.raises(TypeError, match="state must be a .*, got Array"):  # segment ids in the place of the state
+            layer(X, jnp.zeros((1, 3), int))

@@ -194,3 +194,20 @@ def test_a_new_model_predicts_about_uniformly():
     np.testing.assert_allclose(log_probabilities, -np.log(VOCABULARY), atol=0.5)
     first, second = (lm.blocks[0].mixer.out.kernel[i] for i in range(2))
     assert not np.array_equal(first, second)  # each layer has its own draw
+
+
+def test_what_a_model_does_not_take_is_named(lm):
+    tokens, state = token_ids(LENGTH), lm.init_state(2, LENGTH)
+    expected = "state must be a tuple of 2 states stacked over 2 repeats, as init_state makes it, got "
+    for arguments, error, message in [
+        ((tokens[0],), ValueError, r"tokens must have shape \[B, T\] .*, got \[12\]"),
+        ((tokens.astype(float),), TypeError, "tokens must hold integers, got dtype float32"),
+        (([[1, 2]],), TypeError, r"tokens must be an array of shape \[B, T\], got list"),
+        ((tokens, state[:1]), TypeError, expected + "1 of them"),
+        ((tokens, list(state)), TypeError, expected + "list"),
+        ((tokens, lm.unroll_state(state)), TypeError, expected + "4 of them"),
+        ((tokens, jax.tree.map(lambda x: x[:1], state)), ValueError, expected + r"an array of shape \[1"),
+        ((tokens, jnp.zeros_like(tokens)), TypeError, expected + "ArrayImpl"),
+    ]:
+        with pytest.raises(error, match=message):
+            lm(*arguments)

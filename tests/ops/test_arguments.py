@@ -4,6 +4,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from gsa_jax.ops import (
@@ -49,9 +50,9 @@ IN_BOTH = [
         TypeError,
         "q, k and v must have one dtype, got float32, bfloat16 and float32",
     ),
-    ({"segment_ids": jnp.ones((B, T))}, TypeError, "segment_ids must be an integer array, got float32"),
-    ({"segment_ids": [[0] * T] * B}, TypeError, "segment_ids must be an integer array, got <class 'list'>"),
-    ({"segment_ids": jnp.ones((B, 4), jnp.int32)}, ValueError, "segment_ids must have shape [B=2, T=5], got [2, 4]"),
+    ({"segment_ids": jnp.ones((B, T))}, TypeError, "segment_ids must hold integers, got dtype float32"),
+    ({"segment_ids": [[0] * T] * B}, TypeError, "segment_ids must be an array of shape [B=2, T=5], got list"),
+    ({"segment_ids": jnp.ones((B, 4), jnp.int32)}, ValueError, "segment_ids must have shape [B=2, T=5] with no"),
     ({"chunk_size": 48}, ValueError, "chunk_size must be a power of two or None, got 48"),
     ({"chunk_size": 0}, ValueError, "chunk_size must be a power of two or None, got 0"),
     ({"chunk_size": 16.0}, ValueError, "chunk_size must be a power of two or None, got 16.0"),
@@ -61,6 +62,8 @@ IN_BOTH = [
         "implementation must be one of 'scan', 'chunked', 'pallas' or None, got 'triton'",
     ),
     ({"implementation": "pallas"}, ValueError, "implementation='pallas': the kernels"),
+    ({"scale": "1"}, TypeError, "scale must be a number, got '1'"),
+    ({"scale": jnp.ones(2)}, TypeError, "scale must be a number, got Array([1., 1.]"),
 ]
 
 
@@ -77,6 +80,7 @@ def test_both(function, change, error, message):
         ({"log_decay": jnp.ones((B, T, H, M))}, ValueError, "log_decay must have shape [B=2, T=5, G=2, M]"),
         ({"log_decay": jnp.ones((B, T, G, M), int)}, TypeError, "log_decay must be floating point, got dtype int32"),
         ({"write": jnp.ones((B, T, G, 1))}, ValueError, "write must have shape [B=2, T=5, G=2, M=7]"),
+        ({"scale": None}, TypeError, "scale must be a number, got None"),
         ({"initial_state": jnp.ones(3)}, TypeError, "state must be a SlotState(keys, values), got ArrayImpl"),
         ({"initial_state": 5}, TypeError, "state must be a SlotState(keys, values), got int"),
         (
@@ -108,12 +112,24 @@ def test_linear_attention(change, error, message):
     check(gated_linear_attention, error, message, **arrays(GOOD | {"log_decay": (B, T, G, K)}) | change)
 
 
+@pytest.mark.parametrize("number", [np.int64, np.float32, jnp.float32])
+@pytest.mark.parametrize("function", [gated_slot_attention, gated_linear_attention])
+def test_numbers_of_numpy_and_jax_are_numbers(function, number):
+    """As a scale, and whole ones as a chunk size."""
+    given = arrays(GOOD if function is gated_slot_attention else GOOD | {"log_decay": (B, T, G, K)})
+    chunk_size = number(4) if number is np.int64 else 4
+    out, _ = function(**given, scale=number(2), implementation="chunked", chunk_size=chunk_size)
+    expected, _ = function(**given, scale=2, implementation="chunked", chunk_size=4)
+    np.testing.assert_array_equal(out, expected)
+
+
 def test_steps():
     token = {name: (shape[0], *shape[2:]) for name, shape in GOOD.items()}
     check(gated_slot_attention_step, ValueError, "q must have shape [B, H, K]", **arrays(GOOD), state=STATE)
     check(
         gated_slot_attention_step, ValueError, "state.keys must have shape", **arrays(token), state=(STATE.values,) * 2
     )
+    check(gated_slot_attention_step, TypeError, "scale must be a number", **arrays(token), state=STATE, scale=None)
     wrong = {"write": jnp.ones((B, G, 1)), "state": STATE}
     check(gated_slot_attention_step, ValueError, "write must have shape [B=2, G=2, M=7]", **arrays(token), **wrong)
     token = token | {"log_decay": (B, G, 1)}
@@ -132,7 +148,7 @@ def test_steps():
             "write_logits must be floating point, got dtype bool",
         ),
         ({"initial_normalizer": jnp.ones((B, M, G))}, ValueError, "initial_normalizer must have shape [B=2, G=2, M=7]"),
-        ({"segment_ids": jnp.ones((T, B), int)}, ValueError, "segment_ids must have shape [B=2, T=5], got [5, 2]"),
+        ({"segment_ids": jnp.ones((T, B), int)}, ValueError, "segment_ids must have shape [B=2, T=5] with no"),
     ],
 )
 def test_abc(change, error, message):

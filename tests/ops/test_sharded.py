@@ -7,10 +7,11 @@ import re
 import subprocess
 import sys
 
+import chex
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import AxisType
+from jax.sharding import AbstractMesh, AxisType
 
 from gsa_jax.ops import sharded
 from gsa_jax.sharding import MESH_AXES
@@ -116,3 +117,23 @@ def test_a_part_has_the_tokens_that_a_convolution_needs():
         pytest.raises(ValueError, match="must have the 3 tokens that the next one needs, got 2"),
     ):
         jax.eval_shape(sharded.short_convolution, x, kernel)
+
+
+@pytest.mark.parametrize("explicit", [MESH_AXES, ("tensor",)])
+def test_explicit_axes_are_refused(explicit):
+    kinds = tuple(AxisType.Explicit if name in explicit else AxisType.Auto for name in MESH_AXES)
+    arrays = shapes(slot_attention, Sizes(4, 32, 4, 2, 6, 5, 7))
+    with (
+        jax.sharding.use_abstract_mesh(AbstractMesh((2, 2, 4, 2), MESH_AXES, kinds)),
+        pytest.raises(ValueError, match="mesh: the axes data, fsdp, context, tensor must be Auto, got .*Explicit"),
+    ):
+        jax.eval_shape(lambda arrays: sharded.gated_slot_attention(**arrays), arrays)
+
+
+def test_explicit_axes_of_other_meshes_or_of_one_device_change_nothing():
+    arrays = shapes(slot_attention, Sizes(4, 32, 4, 2, 6, 5, 7))
+    alone = jax.eval_shape(lambda arrays: sharded.gated_slot_attention(**arrays), arrays)
+    for sizes, names in (((2,), ("rows",)), ((1, 1, 1, 1), MESH_AXES)):
+        with jax.sharding.use_abstract_mesh(AbstractMesh(sizes, names, (AxisType.Explicit,) * len(names))):
+            under = jax.eval_shape(lambda arrays: sharded.gated_slot_attention(**arrays), arrays)
+        chex.assert_trees_all_equal_shapes_and_dtypes(under, alone)
