@@ -6,10 +6,17 @@ import os
 import sys
 from collections.abc import Iterator
 
+import jax
+
 
 def replaced[Config](config: Config, **changes) -> Config:
     """The dataclass with `changes` in place of its own fields, but for those that are None."""
     return dataclasses.replace(config, **{name: value for name, value in changes.items() if value is not None})
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether a device had no memory left."""
+    return isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
 
 
 def check_text(name: str, text: str) -> None:
@@ -23,11 +30,22 @@ def check_text(name: str, text: str) -> None:
 @contextlib.contextmanager
 def user_errors() -> Iterator[None]:
     """Turns errors into one line: those that a user can mend (bad settings, files, checkpoints) with exit code 2, a
-    training that diverged with exit code 1, Ctrl-C with 130; whoever stops reading the output ends it quietly."""
+    training that diverged or took too much memory with exit code 1, Ctrl-C with 130; whoever stops reading the output
+    ends it quietly."""
     try:
         yield
     except FloatingPointError as error:
         print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from error
+    except jax.errors.JaxRuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        reason = str(error).strip().splitlines()[0]
+        print(
+            f"error: the device has not enough memory ({reason}); what takes less: fewer rows at a time (batch_size, "
+            "accumulation), a shorter length, and for training model.remat=full",
+            file=sys.stderr,
+        )
         raise SystemExit(1) from error
     except KeyboardInterrupt as interrupt:
         raise SystemExit(130) from interrupt

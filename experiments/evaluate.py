@@ -116,9 +116,9 @@ def summarize(sums: np.ndarray) -> dict:
     """The numbers over all tokens and by position.
 
     Raises:
-      ValueError: there are no tokens.
+      ValueError: they are of no text.
     """
-    if not sums[:, 1].any():
+    if not sums[:, 2].any():
         raise ValueError("data: there is no text in it, expected at least one byte")
 
     def rates(nats, tokens, num_bytes):

@@ -80,6 +80,9 @@ def main(arguments: Arguments) -> None:
     table = costs(title)
     add_costs(table, result)
     console.print(table)
+    if result.memory > arguments.hardware.memory:
+        sizes = f"{result.memory / 1e9:,.1f} GB, expected at most {arguments.hardware.memory / 1e9:,.1f} GB"
+        console.print(f"does not fit into a device's memory: {sizes}")
 
 
 def arrays(title: str, rows: list[Placed]) -> Table:

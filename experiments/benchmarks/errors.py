@@ -106,14 +106,13 @@ def compare(
         theirs = {case: pool.submit(fla, problem) for case, problem in problems.items() if with_fla}
         exact = {}
         for case, problem in problems.items():
-            exact[case] = exactly(problem)
+            exact[case] = attempt(functools.partial(exactly, problem))
             for name in config.implementations:
                 found = [attempt(functools.partial(run, problem, name, arrays)) for arrays in problem.given]
-                yield case, name, list(map(errors, found, exact[case]))
+                yield case, name, against(exact[case], found)
         for case, future in theirs.items():
             found = attempt(lambda future=future: {"results": future.result()}, Exception)
-            found = found.get("results", [found] * len(exact[case]))
-            yield case, "fla", list(map(errors, found, exact[case]))
+            yield case, "fla", against(exact[case], found.get("results", [found] * len(config.gates)))
 
 
 def problem(shape: Shape, config: Config) -> Problem:
@@ -142,11 +141,11 @@ def program(op: str, scale: float, implementation: str) -> Callable[..., tuple[j
     return jax.jit(functools.partial(PASSES["forward_backward"], forward))
 
 
-def exactly(problem: Problem) -> list[list[np.ndarray]]:
-    """What `run` gives for each of the inputs, by the definition in float64."""
+def exactly(problem: Problem) -> dict[str, list[list[np.ndarray]]]:
+    """{"results": the arrays of `run` for each of the inputs}, by the definition in float64."""
     with jax.enable_x64(True):
         found = [run(problem, "scan", [x.astype(jnp.float64) for x in arrays]) for arrays in problem.given]
-    return [list(map(np.asarray, each["arrays"])) for each in found]
+    return {"results": [list(map(np.asarray, each["arrays"])) for each in found]}
 
 
 def fla(problem: Problem) -> list[dict[str, Any]]:
@@ -159,6 +158,13 @@ def _fla(op, scale, given):
     from experiments.benchmarks import torch_peers
 
     return torch_peers.results(op, scale, given)
+
+
+def against(exact: dict[str, Any], found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """`errors` for each of the inputs, or why there is nothing to compare with."""
+    if "error" in exact:
+        return [{"error": f"the definition in float64: {exact['error']}"}] * len(found)
+    return list(map(errors, found, exact["results"]))
 
 
 def errors(found: dict[str, Any], exact: Sequence[np.ndarray]) -> dict[str, Any]:

@@ -8,6 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from experiments.command_line import out_of_memory
+
 REFUSALS = (NotImplementedError, ValueError)
 """What an implementation raises for a case that it does not take."""
 
@@ -42,7 +44,7 @@ def attempt(measure: Callable[[], dict], refusals: type | tuple[type, ...] = REF
     try:
         return measure()
     except Exception as error:
-        if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
+        if out_of_memory(error):
             return {"error": "not enough memory"}
         if not isinstance(error, refusals):
             raise

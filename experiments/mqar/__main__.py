@@ -24,9 +24,7 @@ def main(config: Config) -> dict[str, Any]:
     task = (config.length, config.num_pairs, config.vocab_size)
     train_set = make_examples(config.seed, config.train_examples, *task)
     test_set = make_examples(config.seed + 1, config.test_examples, *task)
-    if config.out.exists():
-        raise ValueError(f"out: {config.out} exists and is left as it is, expected a new folder")
-    config.out.mkdir(parents=True)
+    output.new_folder(config.out)
 
     results = {"settings": output.settings(config), **provenance("experiments.mqar"), "runs": []}
     total = len(models) * len(config.learning_rates)

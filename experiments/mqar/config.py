@@ -60,7 +60,7 @@ class Config:
     seed: int = 0
     """Of the parameters, the examples and their order."""
     out: Path = Path("runs/mqar")
-    """Folder for results.json and accuracy.png; it must not exist yet."""
+    """Folder for results.json and accuracy.png; nothing may be in it yet."""
 
     def resolved(self) -> "Config":
         """The same with every None filled in by the protocol, but for `steps_a_test`, where it means an epoch.

@@ -31,7 +31,7 @@ class ModelConfig:
     num_layers: int = 24
     """blocks"""
     mixers: tuple[str, ...] = ("gsa",)
-    """the blocks' mixers by name, repeated through the depth: ("gsa",), or ("gsa", "gsa", "gsa", "softmax")"""
+    """the blocks' mixers by name, repeated through the depth: gsa alone, or gsa gsa gsa softmax"""
     mlp_size: int | None = None
     """width of SwiGLU; 8/3 of the hidden size, rounded up to a multiple of 256, by default; 0 leaves SwiGLU out"""
     tie_embeddings: bool = False

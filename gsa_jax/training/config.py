@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from typeguard import TypeCheckError, check_type
+
 from gsa_jax.layers.checks import check_numbers
 from gsa_jax.models import ModelConfig, count_parameters, preset
 from gsa_jax.training.data import DataConfig
@@ -112,6 +114,7 @@ class TrainConfig:
     """write TensorBoard curves too"""
 
     def __post_init__(self):
+        _check(self.run_dir != "", "run_dir=''", "the name of a folder")
         for name in ("steps", "batch_size", "length", "log_every", "eval_every", "checkpoint_every", "keep"):
             _check(getattr(self, name) >= 1, f"{name}={getattr(self, name)}", "at least 1")
         for name in ("accumulation", "eval_batches"):
@@ -150,7 +153,7 @@ class TrainConfig:
         """The settings that `to_json` wrote; what is left out takes its default.
 
         Raises:
-          ConfigError: not JSON, or a field this version does not know.
+          ConfigError: not JSON, a field this version does not know, or a value of another type than its field's.
         """
         try:
             values = json.loads(text)
@@ -165,7 +168,7 @@ class TrainConfig:
         """The settings in a file that `to_json` filled; raises a ConfigError that names the file if it can't."""
         try:
             return cls.from_json(file.read_text())
-        except (TypeError, ValueError) as error:
+        except ValueError as error:
             raise ConfigError(f"{file}: {error}") from error
 
 
@@ -193,23 +196,25 @@ def _split_over_tensor(model: ModelConfig) -> Iterator[tuple[str, int]]:
         config = getattr(model, mixer)
         if mixer == "hgrn2":
             yield "model.hidden_size / model.hgrn2.expand_ratio", model.hidden_size // config.expand_ratio
-            continue
-        yield f"model.{mixer}.num_heads", config.num_heads
-        if config.num_kv_heads is not None:
-            yield f"model.{mixer}.num_kv_heads", config.num_kv_heads
+        for name in ("num_heads", "num_kv_heads"):
+            if (heads := getattr(config, name, None)) is not None:
+                yield f"model.{mixer}.{name}", heads
     yield "model.mlp_size", model.resolved_mlp_size
 
 
 def _build(kind: Any, value: Any, where: str) -> Any:
     """A JSON value as the annotated type `kind`: dataclasses of dataclasses, plain values and tuples of them."""
-    if isinstance(value, dict):
-        if not dataclasses.is_dataclass(kind):
-            raise ConfigError(f"{where}: expected {kind}, got {value}")
+    if isinstance(value, dict) and dataclasses.is_dataclass(kind):
         hints = typing.get_type_hints(kind)
         if unknown := sorted(value.keys() - hints.keys()):
             raise ConfigError(f"{where}: unknown field {unknown[0]!r}, expected some of {', '.join(hints)}")
         return kind(**{name: _build(hints[name], item, f"{where}.{name}") for name, item in value.items()})
-    return tuple(value) if isinstance(value, list) else value
+    value = tuple(value) if isinstance(value, list) else value
+    try:
+        return check_type(value, kind)
+    except TypeCheckError as error:
+        name = getattr(kind, "__name__", kind) if isinstance(kind, type) else kind
+        raise ConfigError(f"{where}: expected {name}, got {value!r}") from error
 
 
 def recipe(name: str) -> TrainConfig:

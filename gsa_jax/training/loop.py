@@ -99,6 +99,8 @@ def _prepare(
     _check_run_dir(Path(config.run_dir), config, resume)
     corpus, held_out = config.data.open("train"), config.data.open("validation")
     if not any(map(len, held_out)):
+        if not any(map(len, corpus)):
+            raise DataError(f"data.path={config.data.path!r}: there is no text in it, expected some")
         raise DataError(
             f"data.validation_fraction={config.data.validation_fraction}: there is no text in the validation split of "
             f"data.path={config.data.path!r}, expected a larger fraction"
@@ -307,8 +309,14 @@ _FREE = ("data.skip_bad",)
 
 
 def _write_config(run_dir: Path, config: TrainConfig) -> None:
-    if jax.process_index() == 0:
+    if jax.process_index() > 0:
+        return
+    try:
         run_dir.mkdir(parents=True, exist_ok=True)
         new = run_dir / "config.json.new"
         new.write_text(config.to_json())
         new.replace(run_dir / "config.json")
+    except OSError as error:
+        raise ConfigError(
+            f"run_dir={config.run_dir!r}: can't be written ({error}), expected a folder that can"
+        ) from error

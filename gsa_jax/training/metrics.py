@@ -1,8 +1,10 @@
 """What a run tells: lines on the console, metrics.jsonl, TensorBoard, and a plot of the curves."""
 
 import datetime
+import itertools
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -88,21 +90,35 @@ class MetricsLog:
 
 
 def read_metrics(run_dir: Path | str) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; a last line that a killed run left unfinished is not one."""
+    """The lines of metrics.jsonl; a last line that a killed run left unfinished is not one.
+
+    Raises:
+      ValueError: another line is no JSON object with a step; the message names the file and the line.
+    """
     path = Path(run_dir) / "metrics.jsonl"
-    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith(b"\n")]
+    return [metrics for _, metrics in _lines(path)] if path.exists() else []
+
+
+def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """The finished lines of a file of metrics, as they stand there and what they mean."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
+                return
+            try:
+                metrics = json.loads(line)
+                metrics["step"] + 0
+            except (ValueError, TypeError, LookupError) as error:
+                raise ValueError(
+                    f"{path}, line {number}: expected a JSON object with a step, got {line[:80]!r}"
+                ) from error
+            yield line, metrics
 
 
 def _cut(path: Path, after_step: int) -> None:
     """Cuts off the lines behind `after_step`."""
-    kept = 0
-    with path.open("rb") as file:
-        for line in file:
-            if not line.endswith(b"\n") or json.loads(line)["step"] > after_step:
-                break
-            kept += len(line)
-    os.truncate(path, kept)
+    earlier = itertools.takewhile(lambda line: line[1]["step"] <= after_step, _lines(path))
+    os.truncate(path, sum(len(line) for line, _ in earlier))
 
 
 class Console:

@@ -70,6 +70,11 @@ class Plan:
     """seconds of arithmetic in a step"""
 
     @property
+    def memory(self) -> int:
+        """Bytes of a device that are filled."""
+        return self.state + self.activations
+
+    @property
     def step(self) -> float:
         """Seconds of a step in which gathering parameters and summing gradients (data, fsdp) hide behind arithmetic, as
         far as they are shorter, while what lies on the path of an activation (tensor, context) does not."""
@@ -94,10 +99,11 @@ def placement(config: TrainConfig) -> list[Placed]:
 def plan(config: TrainConfig, hardware: Hardware) -> Plan:
     """The costs of a run's step on that hardware, in bfloat16.
 
-    Where `config.accumulation` is None a batch has as few parts as keep the activations in memory.
+    Where `config.accumulation` is None a batch has as few parts as keep the activations in memory; the parts that it
+    asks for may take more than there is.
 
     Raises:
-      ConfigError: the batch can't be cut into parts that fit into memory.
+      ConfigError: parts are not asked for, and the batch can't be cut into some that fit into memory.
     """
     sizes = dataclasses.asdict(config.mesh)
     rows = config.batch_size // (sizes["data"] * sizes["fsdp"])
@@ -123,7 +129,7 @@ def plan(config: TrainConfig, hardware: Hardware) -> Plan:
 
 
 def best_plans(config: TrainConfig, devices: int, hardware: Hardware) -> list[Plan]:
-    """The plans of all meshes of that many devices that the run can use, the shortest step first.
+    """The plans of all meshes of that many devices that the run can use and fits into, the shortest step first.
 
     Of steps that take equally long the one whose links are less busy comes first.
     """
@@ -134,6 +140,7 @@ def best_plans(config: TrainConfig, devices: int, hardware: Hardware) -> list[Pl
             plans.append(plan(dataclasses.replace(config, mesh=mesh), hardware))
         except ConfigError:
             continue
+    plans = [plan for plan in plans if plan.memory <= hardware.memory]
     return sorted(plans, key=lambda plan: (round(plan.step, 4), sum(plan.seconds.values())))
 
 

@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import matplotlib.image
 import numpy as np
 import pytest
@@ -49,6 +50,16 @@ def test_a_failing_peer_leaves_the_others(cases, monkeypatch, capsys):
     ((_, _, ours), (_, name, theirs)) = errors.compare({"linear": problem}, config, with_fla=True)
     assert name == "fla" and theirs == [{"error": "failed: division by zero"}] * 2
     assert all(row["errors"]["out"] < 1e-5 for row in ours)
+
+
+def test_without_memory_for_the_definition_the_rows_say_so(cases, monkeypatch, capsys):
+    def exhausted(problem):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
+
+    monkeypatch.setattr(errors, "exactly", exhausted)
+    result = errors.main(errors.Config(cases=("linear",), gates=("weak",), implementations=("scan",)))
+    assert [row["error"] for row in result["rows"]] == ["the definition in float64: not enough memory"]
+    assert "linear, weak, scan: the definition in float64: not enough memory" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -190,5 +190,5 @@ def test_an_existing_folder_is_left_as_it_is(tmp_path, capsys):
     with pytest.raises(SystemExit) as exit_:
         main(dataclasses.replace(TINY, out=tmp_path))
     assert exit_.value.code == 2
-    assert "exists" in capsys.readouterr().err
+    assert "is not empty and is left as it is" in capsys.readouterr().err
     assert (tmp_path / "results.json").read_text() == "precious"

@@ -45,3 +45,13 @@ def test_a_file_that_no_script_wrote_is_named(tmp_path, text, message):
         file.write_text(text)
     with pytest.raises(ValueError, match=f"peers: .*result.json {message}"):
         output.read(file, "peers", "ms")
+
+
+def test_a_folder_that_is_new_or_empty_is_taken(tmp_path):
+    for _ in range(2):
+        assert output.new_folder(tmp_path / "new" / "folder").is_dir()
+    with pytest.raises(ValueError, match="out: .* is not empty and is left as it is, expected a new folder"):
+        output.new_folder(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="out: .*file can't be made"):
+        output.new_folder(tmp_path / "file")

@@ -78,3 +78,10 @@ def test_a_part_of_an_evaluation_is_saved_where_asked(finished, tmp_path):
         evaluate.main(evaluate.Arguments(summary.run_dir, batch_size=2, max_batches=1, out=out))
     assert json.loads((tmp_path / "part.json").read_text())["max_batches"] == 1
     assert (kept.read_text() if kept.exists() else None) == before
+
+
+def test_a_text_without_a_byte_is_refused(finished, tmp_path):
+    _, summary, _ = finished
+    (tmp_path / "empty.txt").touch()
+    with pytest.raises(ValueError, match="data: there is no text in it, expected at least one byte"):
+        evaluate.main(evaluate.Arguments(summary.run_dir, data=str(tmp_path / "empty.txt")))

@@ -3,7 +3,10 @@
 import runpy
 import sys
 
+import jax
 import pytest
+
+from experiments.command_line import user_errors
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
 
@@ -82,6 +85,8 @@ def test_help_reads_well(script, run):
         (["benchmarks.ops", "--out", "/dev/null/ops.json"], "out: /dev/null/ops.json can't be written"),
         (["benchmarks.model", "--out", "/dev/null/model.json"], "out: /dev/null/model.json can't be written"),
         (["benchmarks.mesh", "--out", "/dev/null/mesh.json"], "out: /dev/null/mesh.json can't be written"),
+        (["mqar", "--out", "/dev/null/mqar"], "out: /dev/null/mqar can't be made"),
+        (["language_model", "--run-dir", ""], "run_dir='': expected the name of a folder"),
         (["benchmarks.peers", "gsa-63"], "unknown cases: gsa-63; known are gsa-512-1k, gsa-512-2k"),
     ],
 )
@@ -90,3 +95,16 @@ def test_mistakes_end_in_one_line_and_exit_code_2(arguments, message, run, tmp_p
     assert code == 2
     assert message in stderr
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("message", ["RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes.", "INTERNAL: a bug"])
+def test_out_of_memory_ends_in_one_line_and_exit_code_1(message, capsys):
+    error = jax.errors.JaxRuntimeError(f"{message}\n\nand much more")
+    with pytest.raises((SystemExit, jax.errors.JaxRuntimeError)) as stop, user_errors():
+        raise error
+    if "INTERNAL" in message:
+        assert stop.value is error
+        return
+    assert stop.value.code == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: the device has not enough memory ({message})") and "batch_size" in line

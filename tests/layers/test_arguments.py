@@ -19,7 +19,11 @@ AXES = {"embed", "heads", "mlp", "vocab", None}
     [
         ("gsa", {"num_heads": 3}, "expand_k .* hidden_size=16, expand_k=1.0, heads=3"),
         ("gla", {"expand_v": 0.1}, "expand_v .* hidden_size=16, expand_v=0.1, heads=4"),
-        ("softmax", {"num_heads": 5}, "hidden_size must be a multiple of the number of heads, got hidden_size=16, heads=5"),
+        (
+            "softmax",
+            {"num_heads": 5},
+            "^hidden_size must be a multiple of .*, got hidden_size=16, heads=5",
+        ),
         ("gsa", {"num_kv_heads": 3}, "num_heads must be a multiple of num_kv_heads, got 4 and 3"),
         ("retention", {"num_kv_heads": 8}, "num_heads must be a multiple of num_kv_heads, got 4 and 8"),
         ("gsa", {"feature_map": "swich"}, "feature_map must be one of swish, relu, elu1, identity, got 'swich'"),

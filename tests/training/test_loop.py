@@ -262,6 +262,19 @@ def test_the_users_mistakes_leave_no_folder_behind(folder, change, error, messag
     assert not os.path.exists(config.run_dir)
 
 
+def test_a_corpus_without_text_says_so(tmp_path):
+    (tmp_path / "empty.txt").touch()
+    config = run_config(tmp_path, data=DataConfig(path=str(tmp_path / "empty.txt")))
+    with pytest.raises(DataError, match=r"data.path='.*empty.txt': there is no text in it, expected some"):
+        train(config)
+
+
+def test_a_folder_that_cannot_be_written_is_named(folder):
+    config = dataclasses.replace(run_config(folder, "nowhere"), run_dir="/proc/run")
+    with pytest.raises(ConfigError, match=r"run_dir='/proc/run': can't be written \(.*\), expected a folder that can"):
+        train(config)
+
+
 @pytest.mark.parametrize(
     ("dtype", "message"),
     [("float32", "must be bfloat16 or float16, got float32"), ("bfloat16", "multiple of 64, got K=8")],

@@ -33,6 +33,17 @@ def test_a_line_that_a_killed_run_left_unfinished_is_dropped(tmp_path):
     assert read_metrics(tmp_path)[-1] == {"step": 3, "loss": 1 / 3}
 
 
+@pytest.mark.parametrize("line", ["{broken", "[1]", '{"loss": 1}', '{"step": "2"}', "\x00"])
+def test_a_damaged_line_is_named(tmp_path, line):
+    write(tmp_path, [1])
+    before = (tmp_path / "metrics.jsonl").read_text()
+    (tmp_path / "metrics.jsonl").write_text(before + line + "\n")
+    for read in (read_metrics, lambda folder: write(folder, [2], after_step=1)):
+        with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2: expected a JSON object with a step, got b"):
+            read(tmp_path)
+    assert (tmp_path / "metrics.jsonl").read_text() == before + line + "\n"
+
+
 def test_lines_are_on_disk_at_once(tmp_path):
     with MetricsLog(tmp_path, after_step=0, tensorboard=False) as log:
         log.write(1, {"loss": 0.1})

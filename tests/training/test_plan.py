@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 
 import pytest
 
@@ -86,7 +87,9 @@ def test_arithmetic_counts_what_is_computed_again_and_the_scores_of_softmax_atte
 
 
 def test_parts_asked_for_are_kept_on_every_mesh():
-    assert {found.accumulation for found in best_plans(config(accumulation=4), 16, Hardware())} == {4}
+    roomy, tight = (best_plans(config(accumulation=4), 16, Hardware(memory=memory)) for memory in (1e12, 30e9))
+    assert {found.accumulation for found in roomy + tight} == {4}
+    assert len(roomy) > len(tight) == sum(found.memory <= 30e9 for found in roomy)
 
 
 def test_the_best_meshes_use_all_devices_and_come_in_order():
@@ -101,6 +104,11 @@ def test_the_script_prints_arrays_and_costs(capsys):
     script.main(script.Arguments(preset="gsa-7b", mesh=MeshConfig(data=8, fsdp=8)))
     output = capsys.readouterr().out
     assert "params/blocks/0/mlp/down/kernel" in output and "data=8, fsdp=8" in output and "3,281 ms" in output
+    assert "does not fit" not in output
+    script.main(script.Arguments(preset="gsa-7b", mesh=MeshConfig(fsdp=8), accumulation=1))
+    assert re.search(
+        r"does not fit into a device's memory: \d.* GB, expected at most 130.0 GB", capsys.readouterr().out
+    )
     script.main(script.Arguments(preset="gsa-7b", gpus=(1, 1024), best=1))
     output = capsys.readouterr().out
     assert "data=128, fsdp=8" in output and "one device" in output
