@@ -28,10 +28,10 @@ def check_text(name: str, text: str) -> None:
 
 
 @contextlib.contextmanager
-def user_errors() -> Iterator[None]:
-    """Turns errors into one line: those that a user can mend (bad settings, files, checkpoints) with exit code 2, a
-    training that diverged or took too much memory with exit code 1, Ctrl-C with 130; whoever stops reading the output
-    ends it quietly."""
+def user_errors(*, less_memory: str | None = None) -> Iterator[None]:
+    """Turns errors into a message: those that a user can mend (bad settings, files, checkpoints) with exit code 2, a
+    training that diverged and a device whose memory does not suffice, where `less_memory` says what takes less, with
+    exit code 1, Ctrl-C with 130; whoever stops reading the output ends it quietly."""
     try:
         yield
     except FloatingPointError as error:
@@ -41,11 +41,8 @@ def user_errors() -> Iterator[None]:
         if not out_of_memory(error):
             raise
         reason = str(error).strip().splitlines()[0]
-        print(
-            f"error: the device has not enough memory ({reason}); what takes less: fewer rows at a time (batch_size, "
-            "accumulation), a shorter length, and for training model.remat=full",
-            file=sys.stderr,
-        )
+        advice = f"; {less_memory}" if less_memory else ""
+        print(f"error: the device has not enough memory ({reason}){advice}", file=sys.stderr)
         raise SystemExit(1) from error
     except KeyboardInterrupt as interrupt:
         raise SystemExit(130) from interrupt

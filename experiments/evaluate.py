@@ -139,8 +139,7 @@ def print_table(results: dict) -> None:
     for row in results["by_position"]:
         bits = "" if row["bits_per_byte"] is None else f"{row['bits_per_byte']:.4f}"
         print(f"{row['from']:>10,} to {row['to'] - 1:>8,} {row['tokens']:>12,} {row['perplexity']:>11.4f} {bits:>10}")
-    bits = "" if results["bits_per_byte"] is None else f"{results['bits_per_byte']:.4f}"
-    print(f"{'all':>22} {results['tokens']:>12,} {results['perplexity']:>11.4f} {bits:>10}")
+    print(f"{'all':>22} {results['tokens']:>12,} {results['perplexity']:>11.4f} {results['bits_per_byte']:>10.4f}")
 
 
 def draw(results: dict) -> matplotlib.figure.Figure:

@@ -129,8 +129,13 @@ def join_hosts(arguments: list[str]) -> None:
     initialize_hosts(**vars(chosen))
 
 
+LESS_MEMORY = (
+    "a larger --accumulation takes less, with --resume too; in a new --run-dir a smaller --batch-size, a shorter "
+    "--length or --model.remat full"
+)
+
 if __name__ == "__main__":
-    with user_errors():
+    with user_errors(less_memory=LESS_MEMORY):
         join_hosts(sys.argv[1:])
         default = Arguments(defaults(sys.argv[1:]))
         main(tyro.cli(Arguments, default=default, prog="python -m experiments.language_model", description=__doc__))

@@ -26,19 +26,19 @@ def json_file(out: Path, argument: str = "out") -> Path:
     return file
 
 
-def new_folder(path: Path, argument: str = "out") -> Path:
+def new_folder(path: Path) -> Path:
     """The folder that an `--out` stands for, made if it is not there and empty if it is.
 
     Raises:
-      ValueError: something is there, or no folder can be; the message names the argument.
+      ValueError: something is there, or no folder can be.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
         if not any(path.iterdir()):
             return path
     except OSError as error:
-        raise ValueError(f"{argument}: {path} can't be made ({error}), expected a folder that can") from error
-    raise ValueError(f"{argument}: {path} is not empty and is left as it is, expected a new folder")
+        raise ValueError(f"out: {path} can't be made ({error}), expected a folder that can") from error
+    raise ValueError(f"out: {path} is not empty and is left as it is, expected a new folder")
 
 
 def read(file: Path, argument: str, *fields: str) -> dict[str, Any]:

@@ -33,16 +33,17 @@ BATCH = P(RULES["batch"], RULES["length"])
 def partition_spec(names: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh | AbstractMesh | None = None) -> P:
     """How an array of that shape, whose axes have those names, is split over the mesh, by default the one in context.
 
-    An axis is left whole where the mesh lacks one of its axes or the product of their sizes does not divide it.
+    An axis is split over those of its mesh axes that the mesh has; it is left whole where the product of their sizes
+    does not divide it.
     """
     sizes = (mesh or jax.sharding.get_abstract_mesh()).shape
 
     def parts(axes):
-        return math.prod(sizes.get(axis, math.inf) for axis in axes)
+        return math.prod(sizes[axis] for axis in axes)
 
-    split = [RULES.get(name, ()) for name in names]
+    split = [tuple(axis for axis in RULES.get(name, ()) if axis in sizes) for name in names]
     split = [axes if size % parts(axes) == 0 else () for axes, size in zip(split, shape, strict=True)]
-    if "embed" in names:
+    if "embed" in names and GATHERED in sizes:
         for i, name in enumerate(names):
             if name and parts(split[i]) == 1 and shape[i] % parts((GATHERED,)) == 0:
                 split[i] = (*split[i], GATHERED)
@@ -59,23 +60,28 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
 
 
 def spreading_mesh() -> AbstractMesh | None:
-    """The mesh in context (`jax.set_mesh`), if it has several devices that XLA spreads the computation over.
+    """The mesh in context (`jax.set_mesh`), if it has several devices and some of the axes `MESH_AXES`, and XLA spreads
+    the computation over them.
 
     Raises:
-      ValueError: it has the axes `MESH_AXES`, and some are Explicit, over which nothing here is spread.
+      ValueError: some of these axes are Explicit, over which nothing here is spread.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.size > 1 and AxisType.Explicit in mesh.axis_types and set(MESH_AXES) <= set(mesh.axis_names):
+    if mesh.size <= 1 or not set(MESH_AXES) & set(mesh.axis_names):
+        return None
+    kinds = {name: kind for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if mesh.shape[name] > 1}
+    explicit = [name for name in MESH_AXES if kinds.get(name) == AxisType.Explicit]
+    if explicit:
         raise ValueError(
-            f"mesh: the axes {', '.join(mesh.axis_names)} must be Auto, got {', '.join(map(str, mesh.axis_types))}; "
-            "jax.make_mesh takes axis_types=(jax.sharding.AxisType.Auto,) * 4"
+            f"mesh: {', '.join(explicit)} must be Auto, got Explicit, as jax.make_mesh makes axes by default; "
+            f"it takes axis_types=(jax.sharding.AxisType.Auto,) * {len(mesh.axis_names)}"
         )
-    return mesh if mesh.size > 1 and set(mesh.axis_types) == {AxisType.Auto} else None
+    return mesh if set(mesh.axis_types) == {AxisType.Auto} else None
 
 
 def without_single_devices(spec: P, mesh: Mesh | AbstractMesh) -> P:
-    """`spec` without the mesh's axes of one device."""
-    return P(*(tuple(name for name in names if mesh.shape[name] > 1) for names in axes_by_dimension(spec)))
+    """`spec` without the axes that the mesh lacks or has one device along."""
+    return P(*(tuple(name for name in names if mesh.shape.get(name, 1) > 1) for names in axes_by_dimension(spec)))
 
 
 def axes_by_dimension(spec: P) -> tuple[tuple[str, ...], ...]:
@@ -112,15 +118,15 @@ def over_tokens(function: Callable, whole: jax.Array, *, total: bool = False, **
         whole = whole.astype(jnp.promote_types(whole.dtype, jnp.float32))
     if not axes:
         return function(whole, *tokens.values())
+    spec = without_single_devices(BATCH, mesh)
     for name, array in tokens.items():
-        check_divides(mesh, BATCH, name, array)
+        check_divides(mesh, spec, name, array)
 
     def over_own(whole, *tokens):
         result = function(jax.lax.pcast(whole, axes, to="varying"), *tokens)
         return jax.lax.psum(result, axes) if total else result
 
     # Axes of one device stay out: XLA for GPUs can't sum over those alone where it splits heads by itself.
-    spec = without_single_devices(BATCH, mesh)
     in_specs, out_specs = (P(), *(spec for _ in tokens)), P() if total else spec
     return jax.shard_map(over_own, in_specs=in_specs, out_specs=out_specs, axis_names=set(axes))(
         whole, *tokens.values()
@@ -130,5 +136,6 @@ def over_tokens(function: Callable, whole: jax.Array, *, total: bool = False, **
 def _token_axes() -> tuple[str, ...]:
     """The axes of the mesh in context over whose several devices tokens are split, rows and places in a row; () without
     such a mesh."""
-    axes, mesh = RULES["batch"] + RULES["length"], spreading_mesh()
-    return tuple(axis for axis in axes if mesh.shape[axis] > 1) if mesh and set(axes) <= set(mesh.axis_names) else ()
+    mesh = spreading_mesh()
+    sizes = {} if mesh is None else mesh.shape
+    return tuple(axis for axis in RULES["batch"] + RULES["length"] if sizes.get(axis, 1) > 1)

@@ -9,9 +9,9 @@ from experiments import output
 from experiments.command_line import user_errors
 from experiments.mqar.config import Config
 from experiments.mqar.report import best_runs, describe, summarize, write_results
-from experiments.mqar.train import make_examples, make_functions, train
+from experiments.mqar.train import Functions, make_examples, make_functions, train
 from experiments.provenance import provenance
-from gsa_jax.models import count_parameters
+from gsa_jax.models import ModelConfig, count_parameters
 from gsa_jax.training.metrics import Console, duration
 
 
@@ -22,11 +22,27 @@ def main(config: Config) -> dict[str, Any]:
     models = {key: config.model(*key) for key in itertools.product(config.mixers, config.hidden_sizes)}
     functions = {key: make_functions(model) for key, model in models.items()}
     task = (config.length, config.num_pairs, config.vocab_size)
-    train_set = make_examples(config.seed, config.train_examples, *task)
-    test_set = make_examples(config.seed + 1, config.test_examples, *task)
-    output.new_folder(config.out)
-
+    sizes = (config.train_examples, config.test_examples)
+    examples = [make_examples(config.seed + i, size, *task) for i, size in enumerate(sizes)]
     results = {"settings": output.settings(config), **provenance("experiments.mqar"), "runs": []}
+    file = output.new_folder(config.out) / "results.json"
+    output.write(file, results)  # from here on the folder is taken
+    try:
+        sweep(config, models, functions, examples, results)
+    finally:
+        if not results["runs"]:
+            file.unlink()
+    return results
+
+
+def sweep(
+    config: Config,
+    models: dict[tuple[str, int], ModelConfig],
+    functions: dict[tuple[str, int], Functions],
+    examples: list[Any],
+    results: dict[str, Any],
+) -> None:
+    """Trains every combination and adds it to the results, in memory and on disk."""
     total = len(models) * len(config.learning_rates)
     with Console() as console:
         for key, rate in itertools.product(models, config.learning_rates):
@@ -34,7 +50,7 @@ def main(config: Config) -> dict[str, Any]:
             number = len(results["runs"]) + 1
             console.start(f"[{number}/{total}] {name(*key, rate)}: {parameters:,} parameters")
             reports = []
-            for report in train(functions[key], train_set, test_set, config, rate):
+            for report in train(functions[key], *examples, config, rate):
                 reports.append(report)
                 seconds_left = report.seconds / report.step * (report.num_steps - report.step)
                 stays = report.accuracy is not None
@@ -49,7 +65,6 @@ def main(config: Config) -> dict[str, Any]:
                 f"after {run['steps']} steps, {duration(run['seconds'])}"
             )
         console.note(f"results.json and accuracy.png are in {config.out}")
-    return results
 
 
 def name(mixer: str, hidden_size: int, learning_rate: float) -> str:

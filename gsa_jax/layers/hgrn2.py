@@ -11,6 +11,7 @@ from gsa_jax.layers.linear import linear
 from gsa_jax.layers.mixer import Mixer, check_inputs, merge_heads
 from gsa_jax.layers.norm import RMSNorm
 from gsa_jax.ops import sharded
+from gsa_jax.ops.arguments import check_array
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,13 @@ class HGRN2(Mixer):
         self.out = linear(hidden_size, hidden_size, ("heads", "embed"), dtype=dtype, rngs=rngs)
 
     def __call__(self, x, state=None, segment_ids=None, *, lower_bound=0.0):
-        """As every mixer; `lower_bound` [D] of the forget gate, in [0, 1), from `lower_bounds`."""
+        """As every mixer; `lower_bound` of the forget gate, a number or [D], in [0, 1), from `lower_bounds`."""
         check_inputs(x, self.out.out_features)
+        if jnp.shape(lower_bound) not in ((), (self.out.out_features,)):
+            raise ValueError(f"lower_bound must have shape [] or [D], got {list(jnp.shape(lower_bound))}")
+        if state is not None:
+            sizes = {"B": x.shape[0], "H": self.num_heads, "K": self.head_size, "V": self.head_size}
+            check_array("state", state, sizes)
         log_forget, key = self.log_forget(self.forget(x), lower_bound)
         q = jax.nn.swish(self.q(x))
         out, state = sharded.gated_linear_attention(

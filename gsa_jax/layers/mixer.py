@@ -30,6 +30,7 @@ class Mixer(nnx.Module):
 
     def step(self, x, state, **inputs):
         """One token: x [B, D] -> (y [B, D], the new state); `inputs` are those that the mixer takes beside."""
+        check_array("x", x, {"B": None, "D": None})
         y, state = self(x[:, None], state, **inputs)
         return y[:, 0], state
 
@@ -72,20 +73,22 @@ class HeadProjections(nnx.Module):
 
 
 def check_inputs(x, hidden_size, state=None, kind=object):
-    """Raises unless x is [B, T, D] and `state` None or what the layer's `init_state` makes, a `kind`."""
+    """Raises unless x is [B, T, D], and `state` None or what the layer's `init_state` makes: a `kind`, or a plain tuple
+    of its fields."""
     check_array("x", x, {"B": None, "T": None, "D": hidden_size})
-    if state is not None and not isinstance(state, kind):
+    alike = isinstance(state, tuple) and hasattr(kind, "_fields") and len(state) == len(kind._fields)
+    if not (state is None or isinstance(state, kind) or alike):
         raise TypeError(f"state must be a {kind.__name__}, as init_state makes it, or None, got {type(state).__name__}")
 
 
 def head_size(hidden_size, num_heads, **expand):
     """hidden_size / num_heads, times the setting `expand` by its name if there is one; it must be whole."""
     size = math.prod(expand.values()) * hidden_size / num_heads
-    if size < 1 or size != int(size):
+    if size < 1 or not math.isclose(size, round(size)):
         got = ", ".join(f"{name}={value}" for name, value in {"hidden_size": hidden_size, **expand}.items())
         product = " · ".join(["hidden_size", *expand])
         raise ValueError(f"{product} must be a multiple of the number of heads, got {got}, heads={num_heads}")
-    return int(size)
+    return round(size)
 
 
 def merge_heads(x):

@@ -11,7 +11,7 @@ from gsa_jax.layers.linear import linear
 from gsa_jax.layers.mixer import HeadProjections, Mixer, check_inputs, head_size, merge_heads
 from gsa_jax.layers.rotary import rotate
 from gsa_jax.ops import sharded
-from gsa_jax.ops.arguments import check_segment_ids, document_starts
+from gsa_jax.ops.arguments import check_array, check_segment_ids, document_starts
 from gsa_jax.ops.softmax import attention
 
 
@@ -77,6 +77,7 @@ class SoftmaxAttention(Mixer):
         batch_size, length, _ = x.shape
         check_segment_ids(segment_ids, {"B": batch_size, "T": length})
         cache = self.init_state(batch_size) if state is None else state
+        check_array("state.length", cache.length, {"B": batch_size}, jnp.integer)
         q, k, v, conv_state = self.projections(x, cache.convolutions, segment_ids)
         positions = cache.position + jnp.arange(length)[None]
         q, k = rotate(q, positions, self.config.rope_theta), rotate(k, positions, self.config.rope_theta)
@@ -123,6 +124,8 @@ class SoftmaxAttention(Mixer):
 
     def init_state(self, batch_size, max_length=None):
         """An empty cache: of a fixed size that holds `max_length` tokens (or a window, if that is less), or growing."""
+        if max_length is not None and max_length < 1:
+            raise ValueError(f"max_length must be at least 1 or None, got {max_length}")
         size = 0 if max_length is None else min(max_length, self.config.window or max_length)
         shape = (batch_size, size, *self.cache_shape)
         return KeyValueCache(

@@ -48,7 +48,8 @@ class LanguageModel(nnx.Module):
     The blocks of one pattern of mixers are one step of a `lax.scan` over the depth, so that compile time does not grow
     with the number of layers; `config.unroll` makes the loop shorter or none at all. `blocks[i]` holds the parameters
     of position i of the pattern, stacked over its repeats.
-    Parameters are float32; activations have `dtype`, logits are float32.
+    Parameters are float32; activations have `dtype`, logits are float32. Call it under `jax.jit` or `nnx.jit`: outside
+    of them each call compiles the loop anew.
     """
 
     def __init__(self, config: ModelConfig, *, dtype=jnp.float32, rngs: nnx.Rngs):
@@ -88,7 +89,7 @@ class LanguageModel(nnx.Module):
         """tokens [B, T] int -> (what the head reads, [B, T, D], state after the last token).
 
         `state` is what an earlier call returned, or `init_state` made; None is the empty state. `segment_ids` [B, T]
-        mark documents packed into one row (see `gsa_jax.layers.Mixer`).
+        mark documents packed into one row (see `gsa_jax.layers.Mixer`). Tokens that the vocabulary lacks give NaN.
 
         Raises:
           TypeError, ValueError: an argument has the wrong dtype or shape, or is of another kind; the message names it.
@@ -123,8 +124,8 @@ class LanguageModel(nnx.Module):
             return
         blocks, repeats = len(self.blocks), self.num_repeats
         expected = f"state must be a tuple of {blocks} states stacked over {repeats} repeats, as init_state makes it"
-        if not isinstance(state, tuple) or len(state) != blocks:
-            got = f"{len(state)} of them" if isinstance(state, tuple) else type(state).__name__
+        if not isinstance(state, tuple | list) or len(state) != blocks:
+            got = f"{len(state)} of them" if isinstance(state, tuple | list) else type(state).__name__
             raise TypeError(f"{expected}, got {got}")
         for leaf in jax.tree.leaves(state):
             if jnp.shape(leaf)[:1] != (repeats,):
@@ -151,7 +152,8 @@ class LanguageModel(nnx.Module):
         states = []
         for blocks in self.blocks:
             definition, parameters = nnx.split(blocks)
-            first = nnx.merge(definition, jax.tree.map(lambda x: x[0], parameters))
+            shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), parameters)
+            first = nnx.merge(definition, shapes)
             state = first.mixer.init_state(batch_size, max_length)
             states.append(jax.tree.map(lambda x: jnp.broadcast_to(x, (self.num_repeats, *x.shape)), state))
         return tuple(states)
@@ -174,6 +176,7 @@ class LanguageModel(nnx.Module):
 
     def step(self, token, state):
         """One token of each row: [B] int -> (logits [B, vocab] in float32, the new state)."""
+        check_array("token", token, {"B": None}, jnp.integer)
         logits, state = self(token[:, None], state)
         return logits[:, 0], state
 
@@ -209,7 +212,7 @@ class LanguageModel(nnx.Module):
         if self.config.remat == "dots":
             policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
         # Without a loop between them XLA would have the backward pass use what the forward pass had, and so save it.
-        together = self.config.unroll > 1 or len(self.config.mixers) > 1
+        together = self.config.unrolled or self.config.unroll > 1 or len(self.config.mixers) > 1
         return jax.checkpoint(function, policy=policy, prevent_cse=together)
 
     def _lower_bounds(self):

@@ -27,7 +27,8 @@ def abc_log_decay(write_logits, *, initial_normalizer=None, segment_ids=None):
     Raises:
       TypeError, ValueError: an argument has the wrong dtype or shape; the message names it.
     """
-    initial_normalizer = checked_normalizer(write_logits, initial_normalizer, segment_ids)
+    check(write_logits, initial_normalizer=initial_normalizer, segment_ids=segment_ids)
+    initial_normalizer = first_normalizer(write_logits, initial_normalizer)
     logits = write_logits.astype(initial_normalizer.dtype)
     batch_size, length = logits.shape[:2]
     starts = jnp.zeros((batch_size, length), bool) if segment_ids is None else document_starts(segment_ids)
@@ -40,15 +41,21 @@ def abc_log_decay(write_logits, *, initial_normalizer=None, segment_ids=None):
     return _log_share_kept(jnp.where(starts, -jnp.inf, before), logits), normalizers[:, -1]
 
 
-def checked_normalizer(write_logits, initial_normalizer, segment_ids):
-    """Checks the arguments of `abc_log_decay`; returns the normalizer that the first token finds."""
+def check(write_logits, *, initial_normalizer=None, segment_ids=None):
+    """Raises unless these are arguments of `abc_log_decay`."""
     check_array("write_logits", write_logits, dict.fromkeys("BTGM"))
-    batch_size, length, num_groups, num_slots = write_logits.shape
-    check_segment_ids(segment_ids, {"B": batch_size, "T": length})
-    dtype, shape = state_dtype(write_logits), {"B": batch_size, "G": num_groups, "M": num_slots}
+    sizes = dict(zip("BTGM", write_logits.shape, strict=True))
+    check_segment_ids(segment_ids, {name: sizes[name] for name in "BT"})
+    if initial_normalizer is not None:
+        check_array("initial_normalizer", initial_normalizer, {name: sizes[name] for name in "BGM"})
+
+
+def first_normalizer(write_logits, initial_normalizer):
+    """The normalizer that the first token finds, from arguments of `abc_log_decay`."""
+    dtype = state_dtype(write_logits)
     if initial_normalizer is None:
-        return zero_state(tuple(shape.values()), dtype, like=write_logits) - jnp.inf
-    check_array("initial_normalizer", initial_normalizer, shape)
+        batch_size, _, *slots = write_logits.shape
+        return zero_state((batch_size, *slots), dtype, like=write_logits) - jnp.inf
     return initial_normalizer.astype(dtype)
 
 

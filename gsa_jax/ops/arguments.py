@@ -66,9 +66,17 @@ def check_chunk_size(chunk_size):
 
 
 def check_scale(scale):
-    """Raises unless `scale` is a number, or an array of one."""
-    if not isinstance(scale, numbers.Real) and getattr(scale, "shape", None) != ():
+    """Raises unless `scale` is a real number, or an array of one."""
+    real = isinstance(scale, int | float)
+    if not real and getattr(scale, "shape", None) == ():
+        real = jnp.issubdtype(scale.dtype, jnp.floating) or jnp.issubdtype(scale.dtype, jnp.integer)
+    if not real:
         raise TypeError(f"scale must be a number, got {scale!r}")
+
+
+def static_scale(q, scale):
+    """(q, scale) with a scale that is a number, as kernels are compiled for; an array of one is multiplied into q."""
+    return (q, scale) if isinstance(scale, numbers.Real) else ((scale * q).astype(q.dtype), 1.0)
 
 
 def select(implementation, implementations, misfit, on_request):

@@ -35,7 +35,8 @@ def gated_slot_attention(
     q, k, v, log_decay, write=None, *, initial_state=None, segment_ids=None, axis_name="context", **options
 ):
     """`gsa_jax.ops.gated_slot_attention` of this device's part, [B, T/n, ...], of sequences [B, T, ...]."""
-    state = slot_attention.checked_state(q, k, v, log_decay, write, initial_state, segment_ids)
+    slot_attention.check(q, k, v, log_decay, write, initial_state=initial_state, segment_ids=segment_ids, **options)
+    state = slot_attention.first_state(q, k, v, log_decay, write, initial_state, segment_ids)
     gates = log_decay.astype(state_dtype(q, log_decay))
     strength = slot_attention.write_strength(gates) if write is None else write
     state = slot_attention.SlotState(*_entering(state, gates, strength, (k, v), segment_ids, axis_name))
@@ -47,7 +48,8 @@ def gated_slot_attention(
 
 def gated_linear_attention(q, k, v, log_decay, *, initial_state=None, segment_ids=None, axis_name="context", **options):
     """`gsa_jax.ops.gated_linear_attention` of this device's part, [B, T/n, ...], of sequences [B, T, ...]."""
-    state = linear_attention.checked_state(q, k, v, log_decay, initial_state, segment_ids)
+    linear_attention.check(q, k, v, log_decay, initial_state=initial_state, segment_ids=segment_ids, **options)
+    state = linear_attention.first_state(q, k, v, log_decay, initial_state, segment_ids)
     gates = log_decay.astype(state_dtype(q, log_decay))
     (state,) = _entering((state,), gates, k, (v,), segment_ids, axis_name)
     out, state = linear_attention.gated_linear_attention(
@@ -93,7 +95,8 @@ def abc_log_decay(write_logits, *, initial_normalizer=None, segment_ids=None, ax
 
     The parts exchange the logsumexp of the write logits of their last documents, and whether those began in the part.
     """
-    normalizer = abc.checked_normalizer(write_logits, initial_normalizer, segment_ids)
+    abc.check(write_logits, initial_normalizer=initial_normalizer, segment_ids=segment_ids)
+    normalizer = abc.first_normalizer(write_logits, initial_normalizer)
     logits = write_logits.astype(normalizer.dtype)
     starts = jnp.zeros(logits.shape[:2], bool)
     if segment_ids is not None:
@@ -113,6 +116,7 @@ def short_convolution(x, kernel, *, initial_state=None, segment_ids=None, axis_n
 
     A device passes its last W - 1 tokens on to the next. Raises a ValueError if it has fewer.
     """
+    convolution.check(x, kernel, initial_state=initial_state, segment_ids=segment_ids)
     length, before = x.shape[1], kernel.shape[0] - 1
     if length < before:
         raise ValueError(f"a part of a sequence must have the {before} tokens that the next one needs, got {length}")
@@ -131,6 +135,7 @@ def softmax_attention(q, k, v, *, window=None, segment_ids=None, axis_name="cont
     Keys and values come from all devices, in one all-gather; where the tokens that a part sees before its own fit into
     one part, a window, they come from the device to the left.
     """
+    softmax.check(q, k, v, window=window, segment_ids=segment_ids)
     length, position = q.shape[1], lax.axis_index(axis_name) * q.shape[1]
     if window is None or window - 1 > length:
         seen = functools.partial(lax.all_gather, axis_name=axis_name, axis=1, tiled=True)

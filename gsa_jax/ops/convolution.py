@@ -20,23 +20,11 @@ def short_convolution(x, kernel, *, initial_state=None, segment_ids=None):
     Raises:
       TypeError, ValueError: an argument has the wrong dtype or shape; the message names it.
     """
-    check_array("x", x, dict.fromkeys("BTC"))
+    check(x, kernel, initial_state=initial_state, segment_ids=segment_ids)
     batch_size, length, num_channels = x.shape
-    check_array("kernel", kernel, {"W": None, "C": num_channels})
-    check_segment_ids(segment_ids, {"B": batch_size, "T": length})
     before = kernel.shape[0] - 1
-    shape = (batch_size, before, num_channels)
     if initial_state is None:
-        initial_state = jnp.zeros(shape, x.dtype)
-    elif before:
-        check_array("initial_state", initial_state, {"B": batch_size, "W-1": before, "C": num_channels})
-    elif jnp.shape(initial_state) != shape:  # an empty array, which `check_array` refuses
-        raise ValueError(
-            f"initial_state must have shape [B, W-1, C] = {list(shape)}, got {list(jnp.shape(initial_state))}"
-        )
-    for name, array in (("kernel", kernel), ("initial_state", initial_state)):
-        if array.dtype != x.dtype:
-            raise TypeError(f"{name} must have x's dtype {x.dtype}, got {array.dtype}")
+        initial_state = jnp.zeros((batch_size, before, num_channels), x.dtype)
     inputs = jnp.concatenate([initial_state, x], axis=1)
     if segment_ids is None:
         return sum(kernel[i] * inputs[:, i : i + length] for i in range(before + 1)), inputs[:, length:]
@@ -47,3 +35,20 @@ def short_convolution(x, kernel, *, initial_state=None, segment_ids=None):
     taps = (jnp.where(is_same[..., None], kernel[i] * inputs[:, i : i + length], 0) for i, is_same in enumerate(same))
     in_last_document = document[:, length:] == document[:, -1:]
     return sum(taps), jnp.where(in_last_document[..., None], inputs[:, length:], 0)
+
+
+def check(x, kernel, *, initial_state=None, segment_ids=None):
+    """Raises unless these are arguments of `short_convolution`."""
+    check_array("x", x, dict.fromkeys("BTC"))
+    batch_size, length, num_channels = x.shape
+    check_array("kernel", kernel, {"W": None, "C": num_channels})
+    check_segment_ids(segment_ids, {"B": batch_size, "T": length})
+    shape = {"B": batch_size, "W-1": kernel.shape[0] - 1, "C": num_channels}
+    if initial_state is not None and shape["W-1"]:
+        check_array("initial_state", initial_state, shape)
+    elif initial_state is not None and jnp.shape(initial_state) != tuple(shape.values()):  # empty, for `check_array`
+        got = list(jnp.shape(initial_state))
+        raise ValueError(f"initial_state must have shape [B, W-1, C] = {list(shape.values())}, got {got}")
+    for name, array in (("kernel", kernel), ("initial_state", initial_state)):
+        if array is not None and array.dtype != x.dtype:
+            raise TypeError(f"{name} must have x's dtype {x.dtype}, got {array.dtype}")

@@ -1,5 +1,9 @@
 """Gated linear attention on arrays: whole sequences and single tokens."""
 
+import functools
+
+import jax
+
 from gsa_jax.ops import chunked, pallas, scan
 from gsa_jax.ops.arguments import (
     check_array,
@@ -11,6 +15,7 @@ from gsa_jax.ops.arguments import (
     group_heads,
     select,
     state_dtype,
+    static_scale,
     ungroup_heads,
     zero_state,
 )
@@ -41,7 +46,7 @@ def gated_linear_attention(
       v: values [B, T, G, V], of q's dtype.
       log_decay: natural logarithm of the forget gate, [B, T, G, K], or [B, T, G, 1] for one gate per head; any values
         <= 0 including -inf ("forget all").
-      scale: factor on the output, K ** -0.5 by default.
+      scale: factor on the output, a number or an array of one; K ** -0.5 by default.
       initial_state: the state [B, G, K, V] that the first token finds; zeros by default.
       segment_ids, implementation, chunk_size: as for `gsa_jax.ops.gated_slot_attention`; "pallas" takes any K up to
         832 that is a multiple of 64.
@@ -51,21 +56,29 @@ def gated_linear_attention(
       are all products for float32 inputs; lower-precision inputs are multiplied as they are and summed in float32.
 
     Raises:
-      TypeError, ValueError: an argument has the wrong dtype, shape or value; the message names it.
+      TypeError, ValueError: an argument has the wrong dtype, shape or value, or does not fit the implementation asked
+        for; the message names it.
     """
-    initial_state = checked_state(q, k, v, log_decay, initial_state, segment_ids)
-    check_chunk_size(chunk_size)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    check_scale(scale)
-    if implementation is None and q.shape[1] == 1:
-        token = (x[:, 0] for x in (q, k, v, log_decay))
-        out, state = gated_linear_attention_step(*token, initial_state, scale=scale)
-        return out[:, None], state
-    misfit = pallas.linear_attention_misfit(q, k, v, chunk_size)
-    implementation = select(implementation, _IMPLEMENTATIONS, misfit, pallas.spreads())
+    options = {"scale": scale, "initial_state": initial_state, "segment_ids": segment_ids, "chunk_size": chunk_size}
+    check(q, k, v, log_decay, **options)
+    q, scale = static_scale(q, q.shape[-1] ** -0.5 if scale is None else scale)
+    if implementation is not None or q.shape[1] > 1:
+        misfit = pallas.linear_attention_misfit(q, k, v, chunk_size)
+        implementation = select(implementation, _IMPLEMENTATIONS, misfit, pallas.spreads())
+    arrays = (q, k, v, log_decay, initial_state, segment_ids)
+    return _run(*arrays, scale=scale, implementation=implementation, chunk_size=chunk_size)
 
+
+@functools.partial(jax.jit, static_argnames=("scale", "implementation", "chunk_size"), inline=True)
+def _run(q, k, v, log_decay, initial_state, segment_ids, *, scale, implementation, chunk_size):
+    """The op by the implementation of that name, by `gated_linear_attention_step` for None. Compiled once, also where
+    the caller compiles nothing."""
+    state = first_state(q, k, v, log_decay, initial_state, segment_ids)
+    if implementation is None:
+        out, state = gated_linear_attention_step(*(x[:, 0] for x in (q, k, v, log_decay)), state, scale=scale)
+        return out[:, None], state
     dtype, num_groups = state_dtype(q, log_decay), k.shape[2]
-    run, options = _IMPLEMENTATIONS[implementation], {"scale": scale, "initial_state": initial_state}
+    run, options = _IMPLEMENTATIONS[implementation], {"scale": scale, "initial_state": state}
     if implementation == "pallas":
         return run(q, k, v, log_decay, segment_ids=segment_ids, **options)
     if implementation == "chunked":
@@ -75,18 +88,27 @@ def gated_linear_attention(
     return ungroup_heads(out), state
 
 
-def checked_state(q, k, v, log_decay, initial_state, segment_ids):
-    """Checks the arguments of `gated_linear_attention`; returns the state that the first token finds."""
+def check(q, k, v, log_decay, *, scale=None, initial_state=None, segment_ids=None, chunk_size=None, **_):
+    """Raises unless these are arguments of `gated_linear_attention`."""
     leading, num_groups, key_size, value_size = check_qkv(q, k, v)
     _check_log_decay(log_decay, leading, num_groups, key_size)
     check_segment_ids(segment_ids, leading)
+    if initial_state is not None:
+        shape = {"B": leading["B"], "G": num_groups, "K": key_size, "V": value_size}
+        check_array("initial_state", initial_state, shape)
+    check_chunk_size(chunk_size)
+    if scale is not None:
+        check_scale(scale)
 
+
+def first_state(q, k, v, log_decay, initial_state, segment_ids):
+    """The state that the first token finds, from arguments of `gated_linear_attention`."""
     dtype = state_dtype(q, log_decay)
-    shape = {"B": q.shape[0], "G": num_groups, "K": key_size, "V": value_size}
     if initial_state is None:
-        initial_state = zero_state(tuple(shape.values()), dtype, like=k)
-    check_array("initial_state", initial_state, shape)
-    return vary_alike(initial_state.astype(dtype), q, k, v, log_decay, segment_ids)[0]
+        state = zero_state((k.shape[0], *k.shape[2:], v.shape[-1]), dtype, like=k)
+    else:
+        state = initial_state.astype(dtype)
+    return vary_alike(state, q, k, v, log_decay, segment_ids)[0]
 
 
 def gated_linear_attention_step(q, k, v, log_decay, state, *, scale=None):

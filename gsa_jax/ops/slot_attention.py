@@ -1,5 +1,6 @@
 """Gated Slot Attention on arrays: whole sequences and single tokens."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -17,6 +18,7 @@ from gsa_jax.ops.arguments import (
     group_heads,
     select,
     state_dtype,
+    static_scale,
     ungroup_heads,
     zero_state,
 )
@@ -67,7 +69,7 @@ def gated_slot_attention(
       v: values [B, T, G, V], of q's dtype.
       log_decay: natural logarithm of the forget gate, [B, T, G, M], any values <= 0 including -inf ("forget all").
       write: write strength w [B, T, G, M]; by default 1 - exp(log_decay), computed without cancellation.
-      scale: factor on the softmax logits.
+      scale: factor on the softmax logits, a number or an array of one.
       initial_state: `SlotState` that the first token finds; zeros by default.
       segment_ids: integers [B, T]. Where the id changes from one token to the next a new document begins with an
         empty memory; outputs and gradients of a document equal those of running it alone. The row's first document
@@ -86,16 +88,25 @@ def gated_slot_attention(
       TypeError, ValueError: an argument has the wrong dtype, shape or value, or does not fit the implementation asked
         for; the message names it.
     """
-    state = checked_state(q, k, v, log_decay, write, initial_state, segment_ids)
-    check_chunk_size(chunk_size)
-    check_scale(scale)
-    if implementation is None and q.shape[1] == 1:
+    options = {"scale": scale, "initial_state": initial_state, "segment_ids": segment_ids, "chunk_size": chunk_size}
+    check(q, k, v, log_decay, write, **options)
+    q, scale = static_scale(q, scale)
+    if implementation is not None or q.shape[1] > 1:
+        misfit = pallas.slot_attention_misfit(q, k, v, log_decay, chunk_size)
+        implementation = select(implementation, _IMPLEMENTATIONS, misfit, pallas.spreads())
+    arrays = (q, k, v, log_decay, write, initial_state, segment_ids)
+    return _run(*arrays, scale=scale, implementation=implementation, chunk_size=chunk_size)
+
+
+@functools.partial(jax.jit, static_argnames=("scale", "implementation", "chunk_size"), inline=True)
+def _run(q, k, v, log_decay, write, initial_state, segment_ids, *, scale, implementation, chunk_size):
+    """The op by the implementation of that name, by `gated_slot_attention_step` for None. Compiled once, also where the
+    caller compiles nothing."""
+    state = first_state(q, k, v, log_decay, write, initial_state, segment_ids)
+    if implementation is None:
         q, k, v, log_decay, write = (x if x is None else x[:, 0] for x in (q, k, v, log_decay, write))
         out, state = gated_slot_attention_step(q, k, v, log_decay, state, write, scale=scale)
         return out[:, None], state
-    misfit = pallas.slot_attention_misfit(q, k, v, log_decay, chunk_size)
-    implementation = select(implementation, _IMPLEMENTATIONS, misfit, pallas.spreads())
-
     dtype, num_groups = state_dtype(q, log_decay), k.shape[2]
     run, options = _IMPLEMENTATIONS[implementation], {"scale": scale, "initial_state": state}
     if implementation == "pallas":
@@ -110,22 +121,27 @@ def gated_slot_attention(
     return ungroup_heads(out), SlotState(*state)
 
 
-def checked_state(q, k, v, log_decay, write, initial_state, segment_ids):
-    """Checks the arguments of `gated_slot_attention`; returns the `SlotState` that the first token finds."""
+def check(q, k, v, log_decay, write=None, *, scale=1.0, initial_state=None, segment_ids=None, chunk_size=None, **_):
+    """Raises unless these are arguments of `gated_slot_attention`."""
     leading, num_groups, key_size, value_size = check_qkv(q, k, v)
     check_array("log_decay", log_decay, leading | {"G": num_groups, "M": None})
     slots = {"G": num_groups, "M": log_decay.shape[-1]}
     if write is not None:
         check_array("write", write, leading | slots)
     check_segment_ids(segment_ids, leading)
+    if initial_state is not None:
+        _check_state("initial_state", initial_state, {"B": leading["B"]} | slots, key_size, value_size)
+    check_chunk_size(chunk_size)
+    check_scale(scale)
 
-    dtype, slots = state_dtype(q, log_decay), {"B": q.shape[0]} | slots
+
+def first_state(q, k, v, log_decay, write, initial_state, segment_ids):
+    """The `SlotState` that the first token finds, from arguments of `gated_slot_attention`."""
+    dtype, shape = state_dtype(q, log_decay), (k.shape[0], k.shape[2], log_decay.shape[-1])
     if initial_state is None:
-        shape = tuple(slots.values())
-        initial_state = SlotState(
-            zero_state((*shape, key_size), dtype, like=k), zero_state((*shape, value_size), dtype, like=v)
-        )
-    state = _check_state("initial_state", initial_state, slots, key_size, value_size, dtype)
+        state = (zero_state((*shape, x.shape[-1]), dtype, like=x) for x in (k, v))
+    else:
+        state = (x.astype(dtype) for x in initial_state)
     return SlotState(*vary_alike(*state, q, k, v, log_decay, write, segment_ids)[:2])
 
 
@@ -142,8 +158,9 @@ def gated_slot_attention_step(q, k, v, log_decay, state, write=None, *, scale=1.
     if write is not None:
         check_array("write", write, leading | slots)
     check_scale(scale)
+    _check_state("state", state, leading | slots, key_size, value_size)
     dtype = state_dtype(q, log_decay)
-    state = _check_state("state", state, leading | slots, key_size, value_size, dtype)
+    state = SlotState(*(x.astype(dtype) for x in state))
 
     log_decay = log_decay.astype(dtype)
     if write is None:
@@ -167,11 +184,10 @@ def write_strength(log_decay):
     return -jnp.expm1(log_decay)
 
 
-def _check_state(name, state, slots, key_size, value_size, dtype):
+def _check_state(name, state, slots, key_size, value_size):
     try:
         keys, values = state
     except (TypeError, ValueError) as error:
         raise TypeError(f"{name} must be a SlotState(keys, values), got {type(state).__name__}") from error
     check_array(f"{name}.keys", keys, slots | {"K": key_size})
     check_array(f"{name}.values", values, slots | {"V": value_size})
-    return SlotState(keys.astype(dtype), values.astype(dtype))

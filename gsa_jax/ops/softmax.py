@@ -25,11 +25,7 @@ def softmax_attention(q, k, v, *, window=None, segment_ids=None):
     Raises:
       TypeError, ValueError: an argument has the wrong dtype, shape or value; the message names it.
     """
-    leading, num_groups, key_size, _ = check_qkv(q, k, v)
-    check_array("v", v, leading | {"G": num_groups, "K": key_size})
-    check_segment_ids(segment_ids, leading)
-    if window is not None and window < 1:
-        raise ValueError(f"window must be at least 1 or None, got {window}")
+    check(q, k, v, window=window, segment_ids=segment_ids)
     if segment_ids is None:
         window = None if window is None else (window - 1, 0)
         return attention(q, k, v, is_causal=True, local_window_size=window)
@@ -37,6 +33,15 @@ def softmax_attention(q, k, v, *, window=None, segment_ids=None):
     document = _documents(segment_ids)
     mask = _sees(positions, positions, window) & _same(document, document)
     return attention(q, k, v, mask=mask[:, None])
+
+
+def check(q, k, v, *, window=None, segment_ids=None):
+    """Raises unless these are arguments of `softmax_attention`."""
+    leading, num_groups, key_size, _ = check_qkv(q, k, v)
+    check_array("v", v, leading | {"G": num_groups, "K": key_size})
+    check_segment_ids(segment_ids, leading)
+    if window is not None and window < 1:
+        raise ValueError(f"window must be at least 1 or None, got {window}")
 
 
 def stretch_attention(q, k, v, *, offset, first_key, window=None, segment_ids=None):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from typeguard import TypeCheckError, check_type
+from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
 from gsa_jax.layers.checks import check_numbers
 from gsa_jax.models import ModelConfig, count_parameters, preset
@@ -209,11 +209,11 @@ def _build(kind: Any, value: Any, where: str) -> Any:
         if unknown := sorted(value.keys() - hints.keys()):
             raise ConfigError(f"{where}: unknown field {unknown[0]!r}, expected some of {', '.join(hints)}")
         return kind(**{name: _build(hints[name], item, f"{where}.{name}") for name, item in value.items()})
-    value = tuple(value) if isinstance(value, list) else value
+    built = tuple(value) if isinstance(value, list) else value
     try:
-        return check_type(value, kind)
+        return check_type(built, kind, collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)
     except TypeCheckError as error:
-        name = getattr(kind, "__name__", kind) if isinstance(kind, type) else kind
+        name = kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
         raise ConfigError(f"{where}: expected {name}, got {value!r}") from error
 
 

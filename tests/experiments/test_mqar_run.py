@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import tyro
 
+from experiments.mqar import __main__ as mqar
 from experiments.mqar.__main__ import main
 from experiments.mqar.config import Config
 from experiments.mqar.report import best_runs, plot, summarize
@@ -183,6 +184,19 @@ def test_an_unknown_mixer_on_the_command_line_lists_the_known_ones(tmp_path, cap
     assert exit_.value.code == 2
     message = "".join(capsys.readouterr())
     assert all(mixer in message for mixer in MIXERS)
+
+
+def test_a_folder_is_taken_from_the_start_and_free_again_if_nothing_came_of_it(tmp_path, monkeypatch):
+    def interrupted(*_):
+        with pytest.raises(SystemExit):
+            main(dataclasses.replace(TINY, out=tmp_path))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(mqar, "sweep", interrupted)
+    with pytest.raises(SystemExit) as exit_:
+        main(dataclasses.replace(TINY, out=tmp_path))
+    assert exit_.value.code == 130
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_existing_folder_is_left_as_it_is(tmp_path, capsys):

@@ -48,7 +48,7 @@ def test_a_file_that_no_script_wrote_is_named(tmp_path, text, message):
 
 
 def test_a_folder_that_is_new_or_empty_is_taken(tmp_path):
-    for _ in range(2):
+    for _ in range(2):  # new, then empty
         assert output.new_folder(tmp_path / "new" / "folder").is_dir()
     with pytest.raises(ValueError, match="out: .* is not empty and is left as it is, expected a new folder"):
         output.new_folder(tmp_path)

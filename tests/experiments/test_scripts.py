@@ -100,11 +100,13 @@ def test_mistakes_end_in_one_line_and_exit_code_2(arguments, message, run, tmp_p
 @pytest.mark.parametrize("message", ["RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes.", "INTERNAL: a bug"])
 def test_out_of_memory_ends_in_one_line_and_exit_code_1(message, capsys):
     error = jax.errors.JaxRuntimeError(f"{message}\n\nand much more")
-    with pytest.raises((SystemExit, jax.errors.JaxRuntimeError)) as stop, user_errors():
+    with pytest.raises((SystemExit, jax.errors.JaxRuntimeError)) as stop, user_errors(less_memory="a shorter length"):
         raise error
     if "INTERNAL" in message:
         assert stop.value is error
         return
     assert stop.value.code == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"error: the device has not enough memory ({message})") and "batch_size" in line
+    assert line.startswith(f"error: the device has not enough memory ({message})") and line.endswith(
+        "; a shorter length"
+    )

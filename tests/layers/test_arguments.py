@@ -8,8 +8,10 @@ import pytest
 from flax import nnx
 
 from gsa_jax.layers import MIXERS, RMSNorm, SwiGLU
+from gsa_jax.layers.mixer import head_size
 from gsa_jax.layers.rotary import rotate
 from tests.layers.cases import HIDDEN, VARIANTS
+from tests.pallas_kernels.hopper import mesh
 
 AXES = {"embed", "heads", "mlp", "vocab", None}
 
@@ -88,7 +90,7 @@ def test_parameters_are_float32_and_name_their_axes(name, dtype):
 
 
 X = jnp.ones((1, 3, HIDDEN))
-NO_STATE = r"(state must be a \w+, as init_state makes it, or None|initial_state must be an array of shape .*), got "
+NO_STATE = r"^state must be (a \w+, as init_state makes it, or None|an array of shape .*), got "
 
 
 @pytest.mark.parametrize(
@@ -103,9 +105,50 @@ NO_STATE = r"(state must be a \w+, as init_state makes it, or None|initial_state
     ],
 )
 @pytest.mark.parametrize("mixer", MIXERS)
-def test_what_a_mixer_does_not_take_is_named(mixer, x, state, error, message):
-    with pytest.raises(error, match=message):
-        VARIANTS[mixer].build()(x, state)
+@pytest.mark.parametrize("axes", [{}, {"data": 2}])
+def test_what_a_mixer_does_not_take_is_named(mixer, axes, x, state, error, message):
+    layer = VARIANTS[mixer].build()
+    with jax.sharding.use_abstract_mesh(mesh(**axes)), pytest.raises(error, match=message):
+        layer(x, state)
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_what_a_step_does_not_take_is_named(mixer):
+    layer = VARIANTS[mixer].build()
+    with pytest.raises(ValueError, match=r"x must have shape \[B, D\] .*, got \[1, 3, 16\]"):
+        layer.step(X, layer.init_state(1))
+    with pytest.raises(TypeError, match=r"x must be an array of shape \[B, D\], got list"):
+        layer.step([1.0], layer.init_state(1))
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_a_state_of_other_rows_is_refused(mixer):
+    layer = VARIANTS[mixer].build()
+    with pytest.raises(ValueError, match=r"(state|normalizer).* must have shape \[B=1"):
+        layer(X, layer.init_state(2))
+
+
+@pytest.mark.parametrize("mixer", ["gsa", "abc", "gla", "retention", "linear"])
+def test_a_plain_tuple_of_the_fields_is_a_state(mixer):
+    layer = VARIANTS[mixer].build()
+    _, state = layer(X)
+    assert jnp.array_equal(layer(X, tuple(state))[0], layer(X, state)[0])
+
+
+@pytest.mark.parametrize("lower_bound", [jnp.zeros((3, 1)), jnp.zeros(HIDDEN + 1)])
+def test_lower_bounds_of_other_shapes_are_refused(lower_bound):
+    with pytest.raises(ValueError, match=r"lower_bound must have shape \[\] or \[D\], got"):
+        VARIANTS["hgrn2"].build()(X, lower_bound=lower_bound)
+
+
+def test_a_cache_without_a_place_is_refused():
+    with pytest.raises(ValueError, match="max_length must be at least 1 or None, got 0"):
+        VARIANTS["softmax"].build().init_state(1, max_length=0)
+
+
+def test_head_sizes_may_be_rounded_products():
+    """1600 times 1.1 is not 1760 to a computer."""
+    assert head_size(1600, 4, expand_k=1.1) == 440
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
@@ -113,6 +156,5 @@ def test_segment_ids_are_checked_with_a_state_too(mixer):
     layer = VARIANTS[mixer].build()
     with pytest.raises(TypeError, match="segment_ids must hold integers, got dtype float32"):
         layer(X, layer.init_state(1), jnp.zeros((1, 3)))
-    if mixer != "hgrn2":
-        with pytest.raises(TypeError, match="state must be a .*, got Array"):  # segment ids in the place of the state
-            layer(X, jnp.zeros((1, 3), int))
+    with pytest.raises(TypeError, match="^state must be"):
+        layer(X, jnp.zeros((1, 3), int))  # segment ids in the place of the state

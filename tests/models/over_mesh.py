@@ -16,8 +16,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 
-from gsa_jax.ops.sharded import BATCH
-from gsa_jax.sharding import MESH_AXES
+from gsa_jax.sharding import BATCH, MESH_AXES, without_single_devices
 from tests.helpers import rel_err
 from tests.models import cases
 
@@ -33,11 +32,13 @@ class Case(NamedTuple):
     states: bool = True
     """whether the states after the last token are among the outputs"""
     dtype: Any = jnp.float32
+    axes: tuple[str, ...] = MESH_AXES
+    """the axes that the mesh has at all"""
 
 
 CASES = {
     "gsa-softmax": Case({"context": 8}, states=False),
-    "hgrn2-gsa": Case({"data": 2, "context": 4}, {"remat": "full"}),
+    "hgrn2-gsa": Case({"data": 2, "context": 4}, {"remat": "full"}, axes=("context", "data")),
     "retention-abc": Case({"data": 2, "tensor": 2, "context": 2}),
     "linear-gla": Case({"fsdp": 2, "tensor": 2, "context": 2}),
     "linear-gla in bfloat16": Case({"data": 2, "tensor": 2, "context": 2}, dtype=jnp.bfloat16),
@@ -47,8 +48,8 @@ CASES = {
 
 def compiled(name, case):
     """(logits, states and gradients, text of the program), on the case's mesh or, without one, on one device."""
-    sizes = [case.mesh.get(name, 1) for name in MESH_AXES]
-    mesh = jax.make_mesh(sizes, MESH_AXES, (AxisType.Auto,) * 4, devices=jax.devices()[: math.prod(sizes)])
+    sizes, kinds = [case.mesh.get(name, 1) for name in case.axes], (AxisType.Auto,) * len(case.axes)
+    mesh = jax.make_mesh(sizes, case.axes, kinds, devices=jax.devices()[: math.prod(sizes)])
     config = cases.config(cases.PAIRS[name.split()[0]], **case.settings)
     graphdef, parameters = nnx.split(cases.model(config, dtype=case.dtype))
 
@@ -57,7 +58,8 @@ def compiled(name, case):
         return jnp.sum(jnp.cos(logits)), (logits, state if case.states else ())
 
     with jax.set_mesh(mesh):
-        arrays = (parameters, *jax.device_put((cases.token_ids(T, B), DOCUMENTS), NamedSharding(mesh, BATCH)))
+        tokens = NamedSharding(mesh, without_single_devices(BATCH, mesh))
+        arrays = (parameters, *jax.device_put((cases.token_ids(T, B), DOCUMENTS), tokens))
         program = jax.jit(jax.grad(loss, has_aux=True)).lower(*arrays).compile()
         return program(*arrays), program.as_text()
 

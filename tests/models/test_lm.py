@@ -204,10 +204,19 @@ def test_what_a_model_does_not_take_is_named(lm):
         ((tokens.astype(float),), TypeError, "tokens must hold integers, got dtype float32"),
         (([[1, 2]],), TypeError, r"tokens must be an array of shape \[B, T\], got list"),
         ((tokens, state[:1]), TypeError, expected + "1 of them"),
-        ((tokens, list(state)), TypeError, expected + "list"),
+        ((tokens, 5), TypeError, expected + "int"),
         ((tokens, lm.unroll_state(state)), TypeError, expected + "4 of them"),
         ((tokens, jax.tree.map(lambda x: x[:1], state)), ValueError, expected + r"an array of shape \[1"),
         ((tokens, jnp.zeros_like(tokens)), TypeError, expected + "ArrayImpl"),
     ]:
         with pytest.raises(error, match=message):
             lm(*arguments)
+    with pytest.raises(ValueError, match=r"token must have shape \[B\] .*, got \[2, 12\]"):
+        lm.step(tokens, state)
+
+
+def test_the_states_may_come_in_a_list(lm):
+    """As checkpoints that were read without their structure have them."""
+    tokens = token_ids(LENGTH)
+    _, state = run(lm, tokens)
+    np.testing.assert_array_equal(run(lm, tokens, list(state))[0], run(lm, tokens, state)[0])

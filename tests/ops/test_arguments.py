@@ -81,6 +81,8 @@ def test_both(function, change, error, message):
         ({"log_decay": jnp.ones((B, T, G, M), int)}, TypeError, "log_decay must be floating point, got dtype int32"),
         ({"write": jnp.ones((B, T, G, 1))}, ValueError, "write must have shape [B=2, T=5, G=2, M=7]"),
         ({"scale": None}, TypeError, "scale must be a number, got None"),
+        ({"scale": jnp.complex64(1j)}, TypeError, "scale must be a number, got"),
+        ({"scale": np.array("1")}, TypeError, "scale must be a number, got"),
         ({"initial_state": jnp.ones(3)}, TypeError, "state must be a SlotState(keys, values), got ArrayImpl"),
         ({"initial_state": 5}, TypeError, "state must be a SlotState(keys, values), got int"),
         (
@@ -136,6 +138,8 @@ def test_steps():
     message = "state must have shape [B=2, G=2, K=3, V=6] with no empty dimension, got [2, 2, 7, 3]"
     check(gated_linear_attention_step, ValueError, message, **arrays(token), state=STATE.keys)
     check(gated_linear_attention_step, TypeError, "state must be an array of shape", **arrays(token), state=None)
+    state = jnp.ones((B, G, K, V))
+    check(gated_linear_attention_step, TypeError, "scale must be a number", **arrays(token), state=state, scale="1")
 
 
 @pytest.mark.parametrize(

@@ -43,8 +43,13 @@ def test_json_that_leaves_something_out_takes_the_default():
         ('{"model": {"num_layers": {"a": 1}}}', "config.model.num_layers: expected int, got {'a': 1}"),
         ('{"model": {}, "steps": "ten"}', "config.steps: expected int, got 'ten'"),
         ('{"model": {"mixers": "gsa"}}', "config.model.mixers: expected tuple[str, ...], got 'gsa'"),
-        ('{"model": {"remat": "some"}}', "config.model.remat: expected typing.Literal['none', 'dots', 'full'], got"),
+        ('{"model": {"remat": "some"}}', "config.model.remat: expected Literal['none', 'dots', 'full'], got"),
         ('{"model": {"mlp_size": 2.5}}', "config.model.mlp_size: expected int | None, got 2.5"),
+        (
+            '{"model": {"mixers": ["gsa", ["gla"]]}}',
+            "config.model.mixers: expected tuple[str, ...], got ['gsa', ['gla']]",
+        ),
+        ('{"model": {}, "steps": [3]}', "config.steps: expected int, got [3]"),
         ('{"model": {}, "optimizer": null}', "config.optimizer: expected OptimizerConfig, got None"),
     ],
 )

@@ -66,6 +66,12 @@ def test_fsdp_alone_splits_rows_of_matrices(names, shape, parts):
     assert NamedSharding(mesh, partition_spec(names, shape, mesh)).shard_shape(shape) == parts
 
 
+def test_axes_that_a_mesh_lacks_split_nothing():
+    data, others = (AbstractMesh((2,), (name,)) for name in ("data", "rows"))
+    for mesh, spec in ((data, P("data", None, None)), (others, P(None, None, None))):
+        assert partition_spec(("batch", "length", "embed"), (4, 6, 8), mesh) == spec
+
+
 @pytest.mark.parametrize("options", [*OVERLAP.values(), *UNROLLED.values()])
 def test_the_compiler_knows_its_options(options):
     jax.jit(lambda x: x + 1).lower(1.0).compile(options)
