@@ -24,7 +24,7 @@ from experiments import output
 from experiments.command_line import replaced, user_errors
 from experiments.provenance import provenance
 from gsa_jax.layers.checks import check_numbers
-from gsa_jax.training import ConfigError, load_model
+from gsa_jax.training import ConfigError, load_model, one_device
 from gsa_jax.training.data import evaluation_stream
 
 
@@ -39,7 +39,7 @@ class Arguments:
     text_field: str | None = None
     """JSONL field or Parquet column that holds the text; that of the training data by default"""
     skip_bad: bool = False
-    """skip and count documents that cannot be read, instead of stopping"""
+    """skip and count documents that cannot be read, instead of stopping; the run's validation split as in training"""
     length: int | None = None
     """tokens of a window; those of a training row by default"""
     batch_size: int = 16
@@ -59,7 +59,7 @@ def main(arguments: Arguments) -> None:
     """Evaluates, prints a table, saves numbers and plot."""
     model, config, step = load_model(arguments.run)
     split = "validation" if arguments.data is None else "all"
-    skip_bad = arguments.skip_bad or None
+    skip_bad = arguments.skip_bad or (arguments.data is None and config.data.skip_bad)
     data = replaced(config.data, path=arguments.data, text_field=arguments.text_field, skip_bad=skip_bad)
     whole = arguments.data is None and arguments.max_batches is None
     out = arguments.out or (arguments.run / "evaluation.json" if whole else None)
@@ -158,4 +158,6 @@ def draw(results: dict) -> matplotlib.figure.Figure:
 
 if __name__ == "__main__":
     with user_errors():
-        main(tyro.cli(Arguments, prog="python -m experiments.evaluate", description=__doc__))
+        arguments = tyro.cli(Arguments, prog="python -m experiments.evaluate", description=__doc__)
+        with jax.set_mesh(one_device()):
+            main(arguments)

@@ -14,7 +14,7 @@ import tyro
 from experiments.command_line import check_text, user_errors
 from gsa_jax.generation import SamplingConfig, stream
 from gsa_jax.layers.checks import check_numbers
-from gsa_jax.training import load_model
+from gsa_jax.training import load_model, one_device
 from gsa_jax.training.data import decode_after, load_tokenizer
 
 
@@ -65,4 +65,6 @@ def main(arguments: Arguments) -> None:
 
 if __name__ == "__main__":
     with user_errors():
-        main(tyro.cli(Arguments, prog="python -m experiments.generate", description=__doc__))
+        arguments = tyro.cli(Arguments, prog="python -m experiments.generate", description=__doc__)
+        with jax.set_mesh(one_device()):
+            main(arguments)

@@ -30,6 +30,7 @@ from gsa_jax.training import (
     TrainSummary,
     initialize_hosts,
     load_model,
+    one_device,
     plot_curves,
     recipe,
     train,
@@ -101,7 +102,8 @@ def sample(run_dir: Path, prompt: str, num_tokens: int = 300) -> str:
     model, config, _ = load_model(run_dir)
     tokenizer = load_tokenizer(config.data.tokenizer)
     ids = np.concatenate([[tokenizer.separator], tokenizer.encode(prompt)])
-    return prompt + decode_after(tokenizer, ids, generate(model, ids[None], num_tokens)[0])
+    with jax.set_mesh(one_device()):
+        return prompt + decode_after(tokenizer, ids, generate(model, ids[None], num_tokens)[0])
 
 
 def defaults(arguments: list[str]) -> TrainConfig:

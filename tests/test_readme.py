@@ -1,12 +1,15 @@
-"""Every command and every piece of code in the README runs."""
+"""The commands and all pieces of code in the README run, those of benchmarks and installations for GPUs not here."""
 
+import json
 import re
+import runpy
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import tokenizers
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -44,20 +47,14 @@ def test_python_blocks(code):
     exec(compile(code, "README.md", "exec"), {})
 
 
-def test_every_script_has_a_test_below():
-    scripts = {re.search(r"experiments\.[\w.]+", command)[0] for command in commands()}
-    assert scripts == {
-        "experiments.language_model",
-        "experiments.generate",
-        "experiments.evaluate",
-        "experiments.benchmarks.ops",
-        "experiments.benchmarks.errors",
-        "experiments.benchmarks.model",
-        "experiments.benchmarks.step",
-        "experiments.benchmarks.mesh",
-        "experiments.mqar",
-        "experiments.plan",
-    }
+def test_every_option_of_a_command_is_one_of_its_script(monkeypatch, capsys):
+    for command in commands():
+        _, _, script, *arguments = shlex.split(command)
+        monkeypatch.setattr(sys, "argv", [script, "--help"])
+        with pytest.raises(SystemExit):
+            runpy.run_module(script, run_name="__main__", alter_sys=True)
+        options = re.findall(r"--[\w.-]+", capsys.readouterr().out)
+        assert {word for word in arguments if word.startswith("--")} <= set(options), command
 
 
 def test_train_generate_evaluate_resume(tmp_path):
@@ -75,3 +72,20 @@ def test_train_generate_evaluate_resume(tmp_path):
     assert finished.returncode == 0, finished.stderr
     assert (tmp_path / "runs/tiny/curve.png").stat().st_size > 10_000
     assert (tmp_path / "runs/tiny/evaluation.png").stat().st_size > 10_000
+
+
+def test_real_pretraining(tmp_path):
+    """The command with a corpus, a tokenizer and a preset of a paper's size, on a smaller model."""
+    (command,) = (command for command in commands() if "gsa-340m" in command)
+    (tmp_path / "corpus").mkdir()
+    lines = [json.dumps({"text": f"slot {i} gate"}) for i in range(200)]
+    (tmp_path / "corpus/words.jsonl").write_text("\n".join(lines))
+    words = ["</s>", "slot", "gate", *map(str, range(200))]
+    tokenizer = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="slot")
+    )
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    finished = run([sys.executable, *shlex.split(command)[1:], *SMALL_RUN, "--length", "32"], tmp_path)
+    assert finished.returncode == 0, finished.stderr
+    assert "validation bits per byte" in finished.stdout and "A sample, after 'def '" in finished.stdout

@@ -9,6 +9,7 @@ from flax import nnx
 from jax import lax
 
 from gsa_jax.generation.sampling import SamplingConfig, sample
+from gsa_jax.models import abstract_model
 
 CACHE_UNIT = 256
 """Softmax attention's caches hold a multiple of so many tokens."""
@@ -52,13 +53,21 @@ def stream(model, prompt, num_tokens, *, sampling=None, key=None, block_size=Non
     definition, parameters = nnx.split(model)
 
     units = -(-(prompt.shape[1] + num_tokens) // CACHE_UNIT)
-    max_length = units * CACHE_UNIT if "softmax" in model.config.mixers else None
+    max_length = units * CACHE_UNIT if _state_grows(model.config) else None
     options = {"sampling": sampling, "max_length": max_length, "unroll": unroll}
     carry = _prefill(definition, parameters, prompt, key, **options)
     definition, parameters = _for_decoding(definition, parameters, unroll=unroll)
     for start in range(0, num_tokens, block_size):
         carry, tokens = _decode(definition, parameters, carry, sampling=sampling, num_tokens=block_size)
         yield tokens[:, : num_tokens - start]
+
+
+@functools.cache
+def _state_grows(config):
+    """Whether a model's state takes more memory for more tokens, as softmax attention's does."""
+    model = abstract_model(config)
+    small, large = (jax.eval_shape(functools.partial(model.init_state, 1, length)) for length in (1, 2))
+    return [x.shape for x in jax.tree.leaves(small)] != [x.shape for x in jax.tree.leaves(large)]
 
 
 def _check_prompt(prompt, vocab_size):

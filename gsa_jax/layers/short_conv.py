@@ -20,7 +20,7 @@ class ShortConvolution(nnx.Module):
 
     def init_state(self, batch_size):
         """Zeros: the inputs before the first token."""
-        width, num_channels = self.kernel.shape
+        *_, width, num_channels = self.kernel.shape  # of all layers, where they are stacked
         return jnp.zeros((batch_size, width - 1, num_channels), self.dtype)
 
     def __call__(self, x, state=None, segment_ids=None):

@@ -62,6 +62,8 @@ class ModelConfig:
 
     def __post_init__(self):
         check_numbers(self, "mlp_size")
+        if isinstance(self.mixers, str):
+            raise ValueError(f"mixers must be a tuple of names, got {self.mixers!r}")
         for name in self.mixers:
             if name not in MIXERS:
                 raise ValueError(f"mixers must be among {', '.join(MIXERS)}, got {name!r}")
@@ -72,6 +74,8 @@ class ModelConfig:
             )
         if self.remat not in ("none", "dots", "full"):
             raise ValueError(f"remat must be one of none, dots, full, got {self.remat!r}")
+        if self.implementation not in (None, "scan", "chunked", "pallas"):
+            raise ValueError(f"implementation must be scan, chunked, pallas or None, got {self.implementation!r}")
 
     @property
     def unrolled(self):

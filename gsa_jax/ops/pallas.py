@@ -41,8 +41,8 @@ def gated_linear_attention(q, k, v, log_decay, *, scale, initial_state, segment_
 
 
 def spreads():
-    """Whether XLA may have to spread what is called here over devices: a mesh has several, or there are some and none
-    is set, and there is no `shard_map`."""
+    """Whether XLA may have to spread what is called here over devices: the mesh in context has several and there is no
+    `shard_map`, or there is no mesh and the process sees several."""
     mesh = jax.sharding.get_abstract_mesh()
     return jax.device_count() > 1 if mesh.empty else mesh.size > 1 and not _all_manual(mesh)
 
@@ -56,7 +56,8 @@ def _call_misfit(chunk_size):
         return f"chunk_size={chunk_size} can't be chosen, the kernels' chunks have 64 tokens"
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.size > 1 and not _all_manual(mesh):
-        return f"XLA can't spread a kernel over the devices of the mesh {dict(mesh.shape)}: use jax.shard_map"
+        hint = "use gsa_jax.ops.sharded or jax.shard_map"
+        return f"XLA can't spread a kernel over the devices of the mesh {dict(mesh.shape)}: {hint}"
     return _device_misfit(mesh)
 
 

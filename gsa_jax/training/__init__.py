@@ -9,7 +9,7 @@ from gsa_jax.training.loop import NonFiniteError, TrainSummary, train
 from gsa_jax.training.loss import next_token_loss
 from gsa_jax.training.metrics import plot_curves, read_metrics, speed
 from gsa_jax.training.optimizer import make_optimizer, make_schedule
-from gsa_jax.training.sharding import make_mesh, put_batch, shardings
+from gsa_jax.training.sharding import make_mesh, one_device, put_batch, shardings
 from gsa_jax.training.step import (
     TrainState,
     compile_train_step,
@@ -47,6 +47,7 @@ __all__ = [
     "make_schedule",
     "make_train_step",
     "next_token_loss",
+    "one_device",
     "plot_curves",
     "put_batch",
     "read_metrics",

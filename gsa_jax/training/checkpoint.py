@@ -98,17 +98,27 @@ class Checkpoints:
         return step, jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(loaded))
 
     def _load_newest(self, parts: dict[str, Any]) -> tuple[int, dict[str, Any], list[int]]:
-        """The newest readable checkpoint's step and parts, and the steps of the unreadable ones after it."""
+        """Step and parts of the newest checkpoint that all hosts can read, and the steps of the others after it."""
         unreadable = []
         for step in reversed(self.steps):
-            try:
-                return step, self._checkpointer.load_checkpointables(step, parts), unreadable
-            except Exception as error:  # whatever a damaged file, or another model, leads to
-                self._check_same_arrays(step, parts)
-                unreadable.append(step)
-                reason = f"{self._checkpointer.directory}/{step} cannot be read: {_root_cause(error)}"
-                warnings.warn(reason, stacklevel=4)
+            loaded, error = self._load(step, parts)
+            if not anywhere(error is not None):
+                return step, loaded, unreadable
+            self._check_same_arrays(step, parts)
+            unreadable.append(step)
+            cause = _root_cause(error) if error else "by another host"
+            reason = f"{self._checkpointer.directory}/{step} cannot be read: {cause}"
+            warnings.warn(reason, stacklevel=4)
         raise CheckpointError(f"none of the {len(unreadable)} checkpoints can be read; the oldest: {reason}")
+
+    def _load(self, step: int, parts: dict[str, Any]) -> tuple[dict[str, Any] | None, Exception | None]:
+        """The parts of that checkpoint, or what is wrong with its files. A want of memory is not."""
+        try:
+            return self._checkpointer.load_checkpointables(step, parts), None
+        except (MemoryError, jax.errors.JaxRuntimeError):
+            raise
+        except Exception as error:  # whatever a damaged file, or another model, leads to
+            return None, error
 
     def _check_same_arrays(self, step: int, parts: dict[str, Any]) -> None:
         """Raises CheckpointError if the checkpoint says that its arrays have other names or shapes than `parts`."""

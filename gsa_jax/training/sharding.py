@@ -9,7 +9,7 @@ from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gsa_jax.sharding import BATCH, MESH_AXES, partition_spec
+from gsa_jax.sharding import BATCH, MESH_AXES, check_divides, partition_spec
 from gsa_jax.training.config import ConfigError, MeshConfig
 from gsa_jax.training.hosts import rows_of_host
 
@@ -36,6 +36,15 @@ def make_mesh(config: MeshConfig) -> Mesh:
     return jax.make_mesh(sizes, MESH_AXES, (AxisType.Auto,) * 4, devices=devices[:size])
 
 
+def one_device() -> Mesh:
+    """A mesh of this host's first device, where `load_model` puts a model.
+
+    Where there are several devices and no mesh is set XLA may have to spread any computation over them, which it can't
+    do with kernels: under `jax.set_mesh(one_device())` they are taken.
+    """
+    return jax.make_mesh((1,) * 4, MESH_AXES, (AxisType.Auto,) * 4, devices=jax.local_devices()[:1])
+
+
 def is_variable(node: Any) -> bool:
     """Whether a node of a tree is an nnx variable (a leaf, for `jax.tree.map(..., is_leaf=is_variable)`)."""
     return isinstance(node, nnx.Variable)
@@ -50,29 +59,34 @@ def shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
     """A NamedSharding for every array of `tree` (arrays or ShapeDtypeStructs), in the same structure.
 
     Variables, and so parameters and whatever optax made in their shape, are split by `gsa_jax.sharding.RULES`; an axis
-    that its mesh axis does not divide is left whole, and so is everything else.
+    that its mesh axis does not divide is left whole, and so is everything else, what optax made of fewer axes included.
     """
 
     def of_node(node):
-        spec = _spec(node, mesh) if is_variable(node) else P()
-        return jax.tree.map(lambda _: NamedSharding(mesh, spec), node)
+        names = axes(node) if is_variable(node) else ()
+        return jax.tree.map(lambda x: NamedSharding(mesh, _spec(names, x.shape, mesh)), node)
 
     return jax.tree.map(of_node, tree, is_leaf=is_variable)
 
 
-def _spec(variable: nnx.Variable, mesh: Mesh | AbstractMesh) -> P:
-    names = axes(variable)
-    stacked = (None,) * (len(variable.shape) - len(names))
-    return partition_spec((*stacked, *names), variable.shape, mesh)
+def _spec(names: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> P:
+    stacked = len(shape) - len(names)
+    return partition_spec((*(None,) * stacked, *names), shape, mesh) if names and stacked >= 0 else P()
 
 
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """This host's rows of a batch, arrays [rows, length], as global arrays [batch, length] on the mesh."""
+    """This host's rows of a batch, arrays [rows, length], as global arrays [batch, length] on the mesh.
+
+    Raises:
+      ValueError: the mesh can't cut an array; the message names it.
+    """
     sharding = NamedSharding(mesh, BATCH)
     _, hosts = rows_of_host(mesh)
 
-    def put(array):
+    def put(name, array):
         rows, length = array.shape
-        return jax.make_array_from_process_local_data(sharding, array, (rows * hosts, length))
+        shape = (rows * hosts, length)
+        check_divides(mesh, BATCH, f"batch[{name!r}]", jax.ShapeDtypeStruct(shape, array.dtype))
+        return jax.make_array_from_process_local_data(sharding, array, shape)
 
-    return {name: put(array) for name, array in batch.items()}
+    return {name: put(name, array) for name, array in batch.items()}

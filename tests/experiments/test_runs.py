@@ -1,14 +1,19 @@
 """What the scripts make of a run: its report and its evaluation."""
 
+import dataclasses
 import json
+import shutil
 
+import jax
 import numpy as np
 import pytest
 
-from experiments import evaluate, language_model
+from experiments import evaluate, generate, language_model
 from experiments.bigram import bigram_bits_per_byte
-from gsa_jax.training import loop, train
-from gsa_jax.training.data import ByteTokenizer
+from gsa_jax.generation import SamplingConfig
+from gsa_jax.generation import generate as draw
+from gsa_jax.training import DataError, load_model, loop, train
+from gsa_jax.training.data import ByteTokenizer, decode_after
 from tests.training.tiny import run_config
 
 
@@ -85,3 +90,40 @@ def test_a_text_without_a_byte_is_refused(finished, tmp_path):
     (tmp_path / "empty.txt").touch()
     with pytest.raises(ValueError, match="data: there is no text in it, expected at least one byte"):
         evaluate.main(evaluate.Arguments(summary.run_dir, data=str(tmp_path / "empty.txt")))
+
+
+def test_windows_of_any_length_give_the_same_bits(finished, tmp_path):
+    """The state is carried over from one to the next."""
+    _, summary, _ = finished
+    (tmp_path / "text.txt").write_text("slot gate key value " * 20)
+    found = []
+    for length in (16, 100, 512):
+        out = tmp_path / f"{length}.json"
+        arguments = {"data": str(tmp_path / "text.txt"), "length": length, "batch_size": 1, "out": out}
+        evaluate.main(evaluate.Arguments(summary.run_dir, **arguments))
+        found.append(json.loads(out.read_text())["bits_per_byte"])
+    np.testing.assert_allclose(found, found[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("trained_with", [False, True])
+def test_bad_documents_are_left_out_only_where_asked(finished, tmp_path, trained_with):
+    config, summary, _ = finished
+    run = tmp_path / "run"
+    shutil.copytree(summary.run_dir, run)
+    data = dataclasses.replace(config.data, skip_bad=trained_with)
+    (run / "config.json").write_text(dataclasses.replace(config, data=data).to_json())
+    (tmp_path / "bad.jsonl").write_text('{"text": "slot gate"}\n[1]\n')
+    with pytest.raises(DataError, match="bad.jsonl, line 2: .*; --skip-bad leaves such documents out"):
+        evaluate.main(evaluate.Arguments(run, data=str(tmp_path / "bad.jsonl")))
+    evaluate.main(evaluate.Arguments(run, data=str(tmp_path / "bad.jsonl"), skip_bad=True))
+
+
+def test_generate_prints_what_the_model_draws_with_the_seed_and_sampling_asked_for(finished, capsys):
+    _, summary, _ = finished
+    model, config, _ = load_model(summary.run_dir)
+    sampling = SamplingConfig(temperature=0.7, top_k=50)
+    generate.main(generate.Arguments(summary.run_dir, "slot", 9, seed=3, block_size=4, sampling=sampling))
+    tokenizer = ByteTokenizer()
+    prompt = np.concatenate([[tokenizer.separator], tokenizer.encode("slot")])
+    ids = draw(model, prompt[None], 9, sampling=sampling, key=jax.random.key(3))[0]
+    assert capsys.readouterr().out == "slot" + decode_after(tokenizer, prompt, ids) + "\n"

@@ -86,6 +86,7 @@ def test_help_reads_well(script, run):
         (["benchmarks.model", "--out", "/dev/null/model.json"], "out: /dev/null/model.json can't be written"),
         (["benchmarks.mesh", "--out", "/dev/null/mesh.json"], "out: /dev/null/mesh.json can't be written"),
         (["mqar", "--out", "/dev/null/mqar"], "out: /dev/null/mqar can't be made"),
+        (["language_model", "--skip-bad", "--steps", "0"], "steps=0: expected at least 1"),
         (["language_model", "--run-dir", ""], "run_dir='': expected the name of a folder"),
         (["benchmarks.peers", "gsa-63"], "unknown cases: gsa-63; known are gsa-512-1k, gsa-512-2k"),
     ],

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from gsa_jax.generation import SamplingConfig, generate, stream
-from gsa_jax.generation.generate import _for_decoding
+from gsa_jax.generation.generate import _for_decoding, _state_grows
 from gsa_jax.models import LanguageModel
 from tests.models.cases import PAIRS, VOCABULARY, config, model, token_ids
 
@@ -108,6 +108,7 @@ def test_another_number_of_tokens_compiles_nothing_that_a_longer_cache_does_not_
 
         monkeypatch.setattr(LanguageModel, name, counted)
 
+    _state_grows(lm.config)  # which asks once for each config
     for name in traces:
         count(name, getattr(LanguageModel, name))
     next(stream(lm, PROMPT, 3, block_size=4))
@@ -144,3 +145,8 @@ def test_a_prompt_holds_integers(lm, prompt):
 def test_blocks_have_at_least_one_token(lm):
     with pytest.raises(ValueError, match="block_size must be at least 1, got 0"):
         next(stream(lm, PROMPT, NUM_TOKENS, block_size=0))
+
+
+@pytest.mark.parametrize(("mixers", "grows"), [(("gsa", "gla"), False), (("gsa", "softmax"), True)])
+def test_states_that_grow_are_told_by_what_they_hold(mixers, grows):
+    assert _state_grows(config(mixers)) == grows

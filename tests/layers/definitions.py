@@ -139,7 +139,7 @@ MIXERS = {
 
 def _heads(x, config):
     """[T, G·D] -> [T, H, D], each of the G repeated for its query heads."""
-    num_groups = config.num_kv_heads or config.num_heads
+    num_groups = getattr(config, "num_kv_heads", None) or config.num_heads
     return np.repeat(x.reshape(len(x), num_groups, -1), config.num_heads // num_groups, axis=1)
 
 

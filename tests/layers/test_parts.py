@@ -94,3 +94,8 @@ def test_lower_bounds():
     bounds = lower_bounds(jnp.asarray(logits, jnp.float32))
     assert rel_err(bounds, expected) < 1e-6
     assert not bounds[0].any() and (jnp.diff(bounds, axis=0) > 0).all() and (bounds < 1).all()
+
+
+def test_the_empty_state_of_layers_in_a_stack():
+    stack = nnx.vmap(lambda rngs: ShortConvolution(HIDDEN, 4, rngs=rngs), in_axes=0, out_axes=0)(nnx.Rngs(0).split(3))
+    assert stack.init_state(2).shape == (2, 3, HIDDEN)

@@ -113,6 +113,8 @@ def test_unknown_names_list_the_known_ones():
         ({"mlp_size": -1}, "mlp_size must be at least 0, got -1"),
         ({"norm_epsilon": 0.0}, "norm_epsilon must be positive and finite, got 0.0"),
         ({"remat": "dot"}, "remat must be one of none, dots, full, got 'dot'"),
+        ({"implementation": "triton"}, "implementation must be scan, chunked, pallas or None, got 'triton'"),
+        ({"mixers": "gsa"}, "mixers must be a tuple of names, got 'gsa'"),
     ],
 )
 def test_sizes_that_do_not_fit(settings, message):

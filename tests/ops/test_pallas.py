@@ -63,7 +63,9 @@ def test_a_chunk_size_of_ones_own(op):
 
 @pytest.mark.parametrize("op", OPS)
 def test_several_devices_without_shard_map(op):
-    message = "XLA can't spread a kernel over the devices of the mesh {'data': 2, 'heads': 2}: use jax.shard_map"
+    message = (
+        "XLA can't spread a kernel over the devices of the mesh {'data': 2, 'heads': 2}: use gsa_jax.ops.sharded or"
+    )
     check_refused(op, shapes(op, FITTING), message, on=mesh(data=2, heads=2))
 
 

@@ -16,6 +16,7 @@ from gsa_jax.training import (
     OptimizerConfig,
     TrainConfig,
     TrainState,
+    checkpoint,
     load_model,
     make_mesh,
     make_optimizer,
@@ -139,6 +140,25 @@ def test_it_says_so_when_none_is_good_and_changes_nothing(folder, config):
         with pytest.raises(CheckpointError, match="none of the 2 checkpoints can be read; the oldest: .*/2 cannot"):
             checkpoints.restore(abstract(make_state(0)), make_data(config))
         assert checkpoints.steps == [2, 3]
+
+
+def test_a_want_of_memory_condemns_no_checkpoint(folder, config, monkeypatch):
+    def exhausted(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+    with Checkpoints(folder, config) as checkpoints:
+        monkeypatch.setattr(checkpoints._checkpointer, "load_checkpointables", exhausted)
+        with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
+            checkpoints.restore(abstract(make_state(0)), make_data(config))
+        assert checkpoints.steps == [2, 3]
+
+
+@pytest.mark.filterwarnings("ignore:.*another host")
+def test_what_another_host_cannot_read_none_takes(folder, config, monkeypatch):
+    answers = iter([True, False, False])
+    monkeypatch.setattr(checkpoint, "anywhere", lambda here: next(answers))
+    with Checkpoints(folder, config) as checkpoints:
+        assert int(checkpoints.restore(abstract(make_state(0)), make_data(config)).step) == 2
 
 
 def test_a_checkpoint_of_another_model_names_what_differs(folder, config):

@@ -1,3 +1,6 @@
+import math
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -77,3 +80,13 @@ def test_the_logits_of_all_tokens_are_never_held(transform):
     logits = 4 * B * 64 * T * V
     assert temporary_bytes(64 * T) >= logits
     assert temporary_bytes(T) < logits / 2
+
+
+def test_by_default_memory_holds_half_a_gib_of_logits_at_most():
+    """Of 8 x 4096 tokens and a vocabulary of 32000, 4 GiB in all."""
+    arrays = [((16, 32000), jnp.float32), ((8, 4096, 16), jnp.bfloat16), ((8, 4096), jnp.int32), ((8, 4096), bool)]
+    head, hidden, targets, mask = (jax.ShapeDtypeStruct(*array) for array in arrays)
+    loss = jax.value_and_grad(lambda *arrays: next_token_loss(*arrays)[0], (0, 1))
+    shapes = re.findall(r"\w\d+\[([\d,]*32000[\d,]*)\]", str(jax.make_jaxpr(loss)(head, hidden, targets, mask)))
+    largest = max(math.prod(map(int, shape.split(","))) for shape in shapes)
+    assert 2**26 < largest <= 2**27

@@ -2,15 +2,30 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
+import optax.contrib
 import pytest
 from flax import nnx
 from jax.sharding import AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gsa_jax.models import preset
+from gsa_jax.ops import pallas
 from gsa_jax.sharding import MESH_AXES, partition_spec
-from gsa_jax.training import ConfigError, MeshConfig, OptimizerConfig, make_mesh, make_optimizer, shardings
+from gsa_jax.training import (
+    ConfigError,
+    MeshConfig,
+    OptimizerConfig,
+    init_state,
+    make_mesh,
+    make_optimizer,
+    one_device,
+    sharding,
+    shardings,
+)
 from gsa_jax.training.compiler import OVERLAP, UNROLLED, compiler_options
+from gsa_jax.training.step import abstract_state
 
 
 @pytest.mark.parametrize("sizes", [{"data": 3}, {"tensor": 2, "fsdp": 2}])
@@ -64,6 +79,40 @@ def test_parameters_and_moments_are_split_by_their_axes():
 def test_fsdp_alone_splits_rows_of_matrices(names, shape, parts):
     mesh = AbstractMesh((1, 2, 1, 1), MESH_AXES)
     assert NamedSharding(mesh, partition_spec(names, shape, mesh)).shard_shape(shape) == parts
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        optax.adafactor(1e-3, min_dim_size_to_factor=8),
+        optax.masked(optax.adamw(1e-3), lambda params: jax.tree.map(lambda x: x.ndim > 1, params)),
+        optax.contrib.muon(1e-3),
+        optax.MultiSteps(optax.lion(1e-3), 2),
+    ],
+    ids=["adafactor", "masked", "muon", "multi-steps"],
+)
+def test_the_states_of_optaxs_optimizers_are_placed(optimizer):
+    """With parameters left out, and arrays of fewer axes than the parameters."""
+    create, like = init_state(preset("tiny"), optimizer, make_mesh(MeshConfig()), seed=0)
+    placed = jax.eval_shape(create)
+    assert jax.tree.map(jnp.shape, placed) == jax.tree.map(jnp.shape, like)
+    moments = abstract_state(preset("tiny"), optimizer, AbstractMesh((1, 4, 1, 1), MESH_AXES)).opt_state
+    assert any("fsdp" in str(x.sharding.spec) for x in jax.tree.leaves(moments) if x.ndim > 1)
+
+
+def test_a_batch_that_the_mesh_cannot_cut_is_named(monkeypatch):
+    monkeypatch.setattr(sharding, "rows_of_host", lambda mesh: (0, 1))
+    with pytest.raises(
+        ValueError, match=r"batch\['inputs'\] has shape \[3, 8\]: axis 0 must be a multiple of the mesh"
+    ):
+        sharding.put_batch({"inputs": np.zeros((3, 8), np.int32)}, AbstractMesh((2, 2, 1, 1), MESH_AXES))
+
+
+def test_one_device_takes_kernels_where_there_are_several(monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 4)
+    assert pallas.spreads()
+    with jax.set_mesh(one_device()):
+        assert not pallas.spreads()
 
 
 def test_axes_that_a_mesh_lacks_split_nothing():

@@ -99,7 +99,7 @@ class Corpus:
             return self._files[file].read(row)
         except DataError as error:
             if not self._skip_bad:
-                raise DataError(f"{error}; skip_bad leaves such documents out") from error
+                raise DataError(f"{error}; --skip-bad leaves such documents out, also of a run to --resume") from error
             self._skipped[file, row] = str(error)
             return None
 

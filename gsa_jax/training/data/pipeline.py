@@ -47,7 +47,7 @@ class DataConfig:
     """The tokenizer: "byte", or the path of a Hugging Face tokenizer.json."""
     text_field: str = "text"
     """The JSONL field or Parquet column that holds the text."""
-    skip_bad: bool = False
+    skip_bad: Annotated[bool, tyro.conf.arg(aliases=("--skip-bad",))] = False
     """Skip and count documents that cannot be read, instead of stopping."""
     validation_fraction: float = 0.05
     """The fraction of the documents held out for validation, chosen by a fixed hash of their names."""
