@@ -39,7 +39,7 @@ def linear_scores(q, k, parts, mild, *, scale, interpret=None):
         tokens = pl.ds(n * SIZE, SIZE)
 
         def tiles_of(number):
-            """The scratch tiles of a warpgroup's so-manieth block, and their barrier."""
+            """The scratch tiles of a warpgroup's block of that number, and their barrier."""
             slot = lax.rem(number, ahead)
             query, key, *parts = (pool.at[BLOCKS + per_block * slot + i] for i in range(per_block))
             return query, key, parts, arrived["block"](slot)

@@ -79,15 +79,15 @@ def static_scale(q, scale):
     return (q, scale) if isinstance(scale, numbers.Real) else ((scale * q).astype(q.dtype), 1.0)
 
 
-def select(implementation, implementations, misfit, on_request):
+def select(implementation, implementations, misfit, only_if_named):
     """The name of the implementation to run: the one asked for, for None the fastest that fits.
 
-    `misfit` says why "pallas" does not fit, or is None; where it fits and None should not take it all the same,
-    `on_request` is true: where XLA may have to spread the computation over several devices, which it can't do with a
-    kernel. Raises if "pallas" is asked for and does not fit, and for names that are unknown.
+    `misfit` says why "pallas" does not fit, or is None. With `only_if_named` None does not take it even so: XLA may
+    have to spread the computation over several devices, which it can't do with a kernel. Raises if "pallas" is asked
+    for and does not fit, and for names that are unknown.
     """
     if implementation is None:
-        return "chunked" if misfit or on_request else "pallas"
+        return "chunked" if misfit or only_if_named else "pallas"
     if implementation not in implementations:
         known = ", ".join(map(repr, implementations))
         raise ValueError(f"implementation must be one of {known} or None, got {implementation!r}")

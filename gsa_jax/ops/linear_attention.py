@@ -37,8 +37,8 @@ def gated_linear_attention(
         out[t] = scale · H[t]ᵀ q[t]
 
     With other gates and keys the same function is HGRN2 (k = 1 - f), RetNet (a constant gate per head), Mamba-2
-    (a scalar gate per token and head) and linear attention (log_decay = 0). Differentiable in every floating input
-    and in the initial state.
+    (a scalar gate per token and head) and linear attention (log_decay = 0). Differentiable as
+    `gsa_jax.ops.gated_slot_attention`.
 
     Args:
       q: queries [B, T, H, K]. H is a multiple of G; query heads h with the same h // (H/G) read one state.
@@ -53,7 +53,8 @@ def gated_linear_attention(
 
     Returns:
       (out [B, T, H, V] in v's dtype, state [B, G, K, V] after the last token). Gates and states are float32, and so
-      are all products for float32 inputs; lower-precision inputs are multiplied as they are and summed in float32.
+      are all products for float32 inputs; lower-precision inputs are multiplied as they are and summed in float32, and
+      a state is rounded to their dtype to be read: where little is forgotten one may pass 65504, inf to float16.
 
     Raises:
       TypeError, ValueError: an argument has the wrong dtype, shape or value, or does not fit the implementation asked

@@ -61,7 +61,8 @@ def gated_slot_attention(
         Vmem[t] = diag(a[t]) Vmem[t-1] + w[t] ⊗ v[t]
         out[t]  = Vmem[t]ᵀ softmax(scale · Kmem[t] q[t])
 
-    Differentiable in every floating input and in the initial state.
+    Differentiable in every floating input and in the initial state, in reverse mode; for float32 and float64, which are
+    not for kernels, in forward mode too.
 
     Args:
       q: queries [B, T, H, K]. H is a multiple of G; query heads h with the same h // (H/G) read one memory.
@@ -76,13 +77,15 @@ def gated_slot_attention(
         goes on from `initial_state`; the returned state belongs to the row's last document.
       implementation: "scan" (two `lax.scan`s over tokens, the definition), "chunked" (matrix products, any platform),
         "pallas" (kernels for Hopper GPUs: bfloat16 or float16, K and V multiples of 64, M at most 128) or None, the
-        fastest that fits: for a single token `gated_slot_attention_step`.
+        fastest that fits: for a single token `gated_slot_attention_step`. Where the process has several devices and
+        `jax.set_mesh` set no mesh, XLA might have to spread a kernel over them, and None takes "chunked".
       chunk_size: tokens in a chunk of "chunked", a power of two; by default chosen for the platform. Changes speed
         and memory, not results.
 
     Returns:
       (out [B, T, H, V] in v's dtype, `SlotState` after the last token). Gates, states and softmax are float32, and
-      so are all products for float32 inputs; lower-precision inputs are multiplied as they are and summed in float32.
+      so are all products for float32 inputs; lower-precision inputs are multiplied as they are and summed in float32,
+      and a state is rounded to their dtype to be read: one beyond 65504, which a `write` can make, is inf to float16.
 
     Raises:
       TypeError, ValueError: an argument has the wrong dtype, shape or value, or does not fit the implementation asked

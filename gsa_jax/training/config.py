@@ -148,6 +148,13 @@ class TrainConfig:
         """The settings as JSON, for `from_json`."""
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
 
+    def write(self, file: Path) -> None:
+        """Writes the settings for `read` in one go, so that nobody finds half of them; makes the folder."""
+        file.parent.mkdir(parents=True, exist_ok=True)
+        new = file.with_name(f"{file.name}.new")
+        new.write_text(self.to_json())
+        new.replace(file)
+
     @classmethod
     def from_json(cls, text: str) -> "TrainConfig":
         """The settings that `to_json` wrote; what is left out takes its default.

@@ -312,10 +312,7 @@ def _write_config(run_dir: Path, config: TrainConfig) -> None:
     if jax.process_index() > 0:
         return
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        new = run_dir / "config.json.new"
-        new.write_text(config.to_json())
-        new.replace(run_dir / "config.json")
+        config.write(run_dir / "config.json")
     except OSError as error:
         raise ConfigError(
             f"run_dir={config.run_dir!r}: can't be written ({error}), expected a folder that can"

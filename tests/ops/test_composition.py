@@ -116,6 +116,28 @@ def test_forward_mode_agrees_with_reverse_mode(op):
     assert tangent == pytest.approx(sum(np.vdot(gradients[name], tangents[name]) for name in arrays), rel=1e-4)
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("op", OPS)
+def test_a_second_call_compiles_nothing(op, implementation):
+    """Outside `jax.jit` too, the gradient included."""
+    arrays, cotangents = make_case(op, SIZES, state=True)
+    gradient = jax.grad(value(op, implementation, cotangents))
+    gradient(arrays)
+    compiled = []
+
+    def listen(event, duration, **_):
+        compiled.append(event) if event == "/jax/core/compile/backend_compile_duration" else None
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        gradient(arrays)
+        assert compiled == []
+        jax.jit(lambda x: x + 1)(jnp.ones(SIZES.T))
+        assert compiled  # the listener hears
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_no_nan(op):
     """Under `jax_debug_nans`; in jit as jax compiles it by default."""

@@ -29,6 +29,17 @@ def test_what_fits_goes_to_the_kernels(op, M):
     assert count_kernels(op, shapes(op, FITTING._replace(M=M))) > 0
 
 
+@pytest.mark.parametrize("op", OPS)
+def test_a_scale_may_be_learned(op):
+    """The kernels are compiled for a number: an array is multiplied into the queries."""
+    arrays = shapes(op, FITTING)
+
+    def loss(scale, arrays):
+        return sum(jnp.sum(x.astype(jnp.float32)) for x in op(arrays, scale=scale).values())
+
+    assert count_kernels(jax.grad(loss), jax.ShapeDtypeStruct((), jnp.float32), arrays) > 0
+
+
 def test_beside_other_devices_only_where_a_mesh_says_which(monkeypatch):
     assert not pallas.spreads()
     monkeypatch.setattr(jax, "device_count", lambda: 4)
