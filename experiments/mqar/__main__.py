@@ -1,6 +1,7 @@
 """Multi-query associative recall: `python -m experiments.mqar`."""
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import tyro
@@ -25,14 +26,35 @@ def main(config: Config) -> dict[str, Any]:
     sizes = (config.train_examples, config.test_examples)
     examples = [make_examples(config.seed + i, size, *task) for i, size in enumerate(sizes)]
     results = {"settings": output.settings(config), **provenance("experiments.mqar"), "runs": []}
-    file = output.new_folder(config.out) / "results.json"
-    output.write(file, results)  # from here on the folder is taken
+    file = config.out / "results.json"
+    if config.resume:
+        results["runs"] = earlier_runs(file, results["settings"])
+    else:
+        output.write(output.new_folder(config.out) / file.name, results)  # from here on the folder is taken
     try:
         sweep(config, models, functions, examples, results)
+    except KeyboardInterrupt:
+        if results["runs"]:
+            print(f"finished trainings: {len(results['runs'])}, in {file}; the same command with --resume runs the others")
+        raise
     finally:
         if not results["runs"]:
             file.unlink()
     return results
+
+
+def earlier_runs(file: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """The trainings in a file of results.
+
+    Raises:
+      ValueError: there is none, or they had other settings than these, mixers, widths and learning rates apart.
+    """
+    earlier = output.read(file, "resume", "settings", "runs")
+    free = {"mixers", "hidden_sizes", "learning_rates", "out", "resume"}
+    for name, value in settings.items():
+        if name not in free and earlier["settings"].get(name) != value:
+            raise ValueError(f"resume: {file} has {name}={earlier['settings'].get(name)}, expected {value}")
+    return earlier["runs"]
 
 
 def sweep(
@@ -43,12 +65,14 @@ def sweep(
     results: dict[str, Any],
 ) -> None:
     """Trains every combination and adds it to the results, in memory and on disk."""
-    total = len(models) * len(config.learning_rates)
+    done = {(run["mixer"], run["hidden_size"], run["learning_rate"]) for run in results["runs"]}
+    trainings = [
+        (key, rate) for key, rate in itertools.product(models, config.learning_rates) if (*key, rate) not in done
+    ]
     with Console() as console:
-        for key, rate in itertools.product(models, config.learning_rates):
+        for number, (key, rate) in enumerate(trainings, 1):
             parameters, _ = count_parameters(models[key])
-            number = len(results["runs"]) + 1
-            console.start(f"[{number}/{total}] {name(*key, rate)}: {parameters:,} parameters")
+            console.start(f"[{number}/{len(trainings)}] {name(*key, rate)}: {parameters:,} parameters")
             reports = []
             for report in train(functions[key], *examples, config, rate):
                 reports.append(report)

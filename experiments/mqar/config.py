@@ -61,6 +61,9 @@ class Config:
     """Of the parameters, the examples and their order."""
     out: Path = Path("runs/mqar")
     """Folder for results.json and accuracy.png; nothing may be in it yet."""
+    resume: bool = False
+    """Go on with the study in that folder: trainings that it has the results of are not run again. Mixers, widths and
+    learning rates may be others."""
 
     def resolved(self) -> "Config":
         """The same with every None filled in by the protocol, but for `steps_a_test`, where it means an epoch.

@@ -199,6 +199,31 @@ def test_a_folder_is_taken_from_the_start_and_free_again_if_nothing_came_of_it(t
     assert not list(tmp_path.iterdir())
 
 
+def test_an_interrupted_study_goes_on(tmp_path, monkeypatch, capsys):
+    config = dataclasses.replace(TINY, out=tmp_path / "study", learning_rates=(1e-2, 1e-3))
+    train, trained = mqar.train, []
+
+    def train_once(functions, train_set, test_set, config, rate):
+        trained.append(rate)
+        if len(trained) == 2:
+            raise KeyboardInterrupt
+        return train(functions, train_set, test_set, config, rate)
+
+    monkeypatch.setattr(mqar, "train", train_once)
+    with pytest.raises(SystemExit):
+        main(config)
+    assert "finished trainings: 1, in" in capsys.readouterr().out
+    results = main(dataclasses.replace(config, resume=True))
+    assert trained == [1e-2, 1e-3, 1e-3]
+    assert [run["learning_rate"] for run in results["runs"]] == [1e-2, 1e-3]
+    assert len(json.loads((config.out / "results.json").read_text())["runs"]) == 2
+    for changes, message in [({"seed": 1}, "has seed=0, expected 1"), ({"out": tmp_path / "none"}, "can't be read")]:
+        with pytest.raises(SystemExit):
+            main(dataclasses.replace(config, resume=True, **changes))
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
 def test_an_existing_folder_is_left_as_it_is(tmp_path, capsys):
     (tmp_path / "results.json").write_text("precious")
     with pytest.raises(SystemExit) as exit_:
