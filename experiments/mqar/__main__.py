@@ -35,7 +35,8 @@ def main(config: Config) -> dict[str, Any]:
         sweep(config, models, functions, examples, results)
     except KeyboardInterrupt:
         if results["runs"]:
-            print(f"finished trainings: {len(results['runs'])}, in {file}; the same command with --resume runs the others")
+            count = len(results["runs"])
+            print(f"finished trainings: {count}, in {file}; the same command with --resume runs the others")
         raise
     finally:
         if not results["runs"]:
