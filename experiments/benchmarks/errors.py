@@ -101,15 +101,17 @@ def main(config: Config) -> dict[str, Any]:
 def compare(
     problems: dict[str, Problem], config: Config, with_fla: bool
 ) -> Iterator[tuple[str, str, list[dict[str, Any]]]]:
-    """(case, who, `errors` by kind of gates), fla's in the end: Triton compiles meanwhile, all cases side by side."""
+    """(case, who, `errors` by kind of gates); fla's in the end, all cases side by side: Triton compiles for minutes."""
+    exact = {}
+    for case, problem in problems.items():
+        exact[case] = attempt(functools.partial(exactly, problem))
+        for name in config.implementations:
+            found = [attempt(functools.partial(run, problem, name, arrays)) for arrays in problem.given]
+            yield case, name, against(exact[case], found)
+    if not with_fla:
+        return
     with ThreadPoolExecutor() as pool:
-        theirs = {case: pool.submit(fla, problem) for case, problem in problems.items() if with_fla}
-        exact = {}
-        for case, problem in problems.items():
-            exact[case] = attempt(functools.partial(exactly, problem))
-            for name in config.implementations:
-                found = [attempt(functools.partial(run, problem, name, arrays)) for arrays in problem.given]
-                yield case, name, against(exact[case], found)
+        theirs = {case: pool.submit(fla, problem) for case, problem in problems.items()}
         for case, future in theirs.items():
             found = attempt(lambda future=future: {"results": future.result()}, Exception)
             yield case, "fla", against(exact[case], found.get("results", [found] * len(config.gates)))

@@ -205,16 +205,19 @@ def _over_sequence(chunks, states, arrays, chunk_size, dtype):
     length = arrays[0].shape[1]
     chunk_size, span = _tiling(length, chunk_size)
     num_spans = -(-length // span)
-    padded = [jnp.pad(x, [(0, 0), (0, num_spans * span - length)] + [(0, 0)] * (x.ndim - 2)) for x in arrays]
+    if padding := num_spans * span - length:
+        # Apart from what reads it: XLA for GPUs can search for hours for tiles of padding fused with halves of chunks.
+        ends = [(0, 0), (0, padding)]
+        arrays = lax.optimization_barrier([jnp.pad(x, ends + [(0, 0)] * (x.ndim - 2)) for x in arrays])
 
     def one_span(states, arrays):
         states, out = chunks(states, *(_to_chunks(x, chunk_size) for x in arrays))
         return states, _from_chunks(out.astype(dtype))
 
     if num_spans == 1:
-        states, out = one_span(states, padded)
+        states, out = one_span(states, arrays)
     else:
-        spans = [jnp.moveaxis(x.reshape(x.shape[0], num_spans, span, *x.shape[2:]), 1, 0) for x in padded]
+        spans = [jnp.moveaxis(x.reshape(x.shape[0], num_spans, span, *x.shape[2:]), 1, 0) for x in arrays]
         states, out = lax.scan(jax.checkpoint(one_span), states, spans)
         out = jnp.moveaxis(out, 0, 1).reshape(out.shape[1], num_spans * span, *out.shape[3:])
     return out[:, :length], states

@@ -1,4 +1,4 @@
-"""The ops lower for TPUs, forward and backward, on a machine that has none."""
+"""What the ops lower to for TPUs and GPUs, on a machine that has none."""
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,19 @@ def test_exports_for_tpu(op, dtype, implementation, monkeypatch):
     if dtype == jnp.bfloat16 and implementation == "chunked":
         products = [line for line in exported.mlir_module().splitlines() if "stablehlo.dot_general" in line]
         assert products and any("bf16" in line for line in products)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_padding_is_apart_from_what_reads_it(op, monkeypatch):
+    """XLA's search for a GPU's tiles of the two in one can take hours."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+
+    def barriers(length):
+        arrays, _ = make_case(op, Sizes(2, length, 4, 2, 16, 16, 8), dtype=jnp.bfloat16)
+        run = jax.jit(lambda arrays: op(arrays, implementation="chunked"))
+        return run.trace(arrays).lower(lowering_platforms=("cuda",)).as_text().count("stablehlo.optimization_barrier")
+
+    assert barriers(300) == barriers(384) + 1
 
 
 @pytest.mark.parametrize("segment_ids", [None, jnp.zeros((2, 8), int)], ids=["one document", "packed"])
