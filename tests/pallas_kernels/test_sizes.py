@@ -76,15 +76,17 @@ def test_the_device_is_the_default_one_unless_a_mesh_is_in_context():
 
 
 def every_option(op, arrays, run):
-    """(result, sizes) with all sizes that the kernels choose at their first option, at their second, ... their last."""
+    """(result, sizes) with the sizes of the rules, then with the first options of all kernels, ... with the last."""
+    with sizes.trial({}) as rules:
+        result = run(op, arrays)
+    yield result, {}
     for number in range(MOST_OPTIONS):
-        taken, settled = {}, False
-        while not settled:  # another size may bring kernels of other shapes, which choose anew
-            with sizes.trial(taken) as choices:
-                result = run(op, arrays)
-            settled = choices.keys() <= taken.keys()
+        taken, choices = {}, rules
+        while not choices.keys() <= taken.keys():  # another size may bring kernels of other shapes, which choose anew
             assert all(len(choice.options) <= MOST_OPTIONS for choice in choices.values())
             taken |= {name: choice.options[min(number, len(choice.options) - 1)] for name, choice in choices.items()}
+            with sizes.trial(taken) as choices:
+                result = run(op, arrays)
         yield result, taken
 
 
