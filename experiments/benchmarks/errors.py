@@ -50,8 +50,8 @@ class Config:
     """Chunked and pallas by default; on a CPU scan and chunked."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Of all inputs; bfloat16 on a GPU and float32 elsewhere by default."""
-    peers: Literal["measure", "none"] = "measure"
-    """fla where it is installed (on a GPU, in bfloat16), or none."""
+    peers: Literal["measure", "none"] | Path = "measure"
+    """fla where it is installed (on a GPU, in bfloat16), none, or an earlier file of this script with fla's errors."""
     out: Path | None = None
     """JSON file to write, with a plot beside it."""
 
@@ -60,6 +60,29 @@ class Config:
         for name in ("cases", "gates"):
             if not getattr(self, name):
                 raise ValueError(f"{name}: expected at least one, got none")
+
+
+def recorded(file: Path, config: Config) -> dict[str, Any]:
+    """fla's rows of an earlier run with the same inputs, and the provenance of that run.
+
+    Raises:
+      ValueError: the file has no such rows, or its logits or dtype are not those asked for.
+    """
+    record = output.read(file, "peers", "settings", "rows")
+    wanted = {"dtype": config.dtype, "scale": config.scale}
+    if (found := {name: record["settings"].get(name) for name in wanted}) != wanted:
+        raise ValueError(f"peers: expected errors with {wanted}, and {file} has them with {found}")
+    rows = [row for row in record["rows"] if row["by"] == "fla"]
+    rows = [row for row in rows if row["case"] in config.cases and row["gates"] in config.gates]
+    if not rows:
+        raise ValueError(f"peers: {file} has no errors of fla for the cases and gates asked for")
+    facts = {fact: record.get(fact) for fact in ("device", "versions", "command", "date")}
+    return {"peers": record.get("peers") or facts, "rows": rows}
+
+
+def position(config: Config, row: dict[str, Any]) -> tuple:
+    """Where a row stands among others: by its inputs, fla's last."""
+    return config.cases.index(row["case"]), config.gates.index(row["gates"]), row["by"] == "fla"
 
 
 class Problem(NamedTuple):
@@ -80,15 +103,16 @@ def main(config: Config) -> dict[str, Any]:
         implementations=config.implementations or (("chunked", "pallas") if on_gpu else ("scan", "chunked")),
         dtype=config.dtype or ("bfloat16" if on_gpu else "float32"),
     )
+    theirs = recorded(config.peers, config) if isinstance(config.peers, Path) else {"rows": []}
     with_fla = on_gpu and config.dtype == "bfloat16" and config.peers == "measure" and peers.installed("fla")
-    result = provenance("experiments.benchmarks.errors") | {"settings": output.settings(config), "rows": []}
+    result = provenance("experiments.benchmarks.errors") | {"settings": output.settings(config)} | theirs
     console = Console(width=120, highlight=False)
     for case, by, found in compare({case: problem(shape, config) for case, shape in cases.items()}, config, with_fla):
         console.print(f"{case}, {by}: done")
         result["rows"] += [
             {"case": case, "gates": gates, "by": by} | row for gates, row in zip(config.gates, found, strict=True)
         ]
-        result["rows"].sort(key=lambda row: (list(cases).index(row["case"]), config.gates.index(row["gates"])))
+        result["rows"].sort(key=functools.partial(position, config))
         if out:
             output.write(out, result)
     console.print(title(result), as_table(result["rows"]), sep="\n", markup=False)

@@ -1,5 +1,6 @@
 """The comparison of rounding errors: its gates, its arithmetic, its remarks, and a run of it."""
 
+import dataclasses
 import json
 
 import jax
@@ -50,6 +51,26 @@ def test_a_failing_peer_leaves_the_others(cases, monkeypatch, capsys):
     ((_, _, ours), (_, name, theirs)) = errors.compare({"linear": problem}, config, with_fla=True)
     assert name == "fla" and theirs == [{"error": "failed: division by zero"}] * 2
     assert all(row["errors"]["out"] < 1e-5 for row in ours)
+
+
+def test_an_earlier_run_stands_for_fla(cases, tmp_path):
+    def row(case, gates, by, error):
+        return {"case": case, "gates": gates, "by": by, "errors": dict.fromkeys(errors.ARRAYS[:5], error)}
+
+    earlier = tmp_path / "earlier.json"
+    record = {"device": "an H200", "date": "then", "settings": {"dtype": "float32", "scale": 0.1}}
+    rows = [row("linear", "weak", "pallas", 1.0), row("linear", "weak", "fla", 2.0), row("slots", "weak", "fla", 3.0)]
+    earlier.write_text(json.dumps(record | {"rows": rows}))
+    config = errors.Config(cases=("linear",), gates=("weak",), peers=earlier, out=tmp_path / "errors.json")
+    result = errors.main(config)
+    assert [row["by"] for row in result["rows"]] == ["scan", "chunked", "fla"]
+    assert result["rows"][-1] == rows[1]
+    assert (result["peers"]["device"], result["peers"]["date"]) == ("an H200", "then")
+    again = errors.main(dataclasses.replace(config, peers=tmp_path / "errors.json"))
+    assert again["peers"] == result["peers"] and again["rows"][-1] == rows[1]
+    for changes, message in [({"scale": 1.0}, "expected errors with"), ({"gates": ("strong",)}, "no errors of fla")]:
+        with pytest.raises(ValueError, match=message):
+            errors.main(dataclasses.replace(config, **changes))
 
 
 def test_without_memory_for_the_definition_the_rows_say_so(cases, monkeypatch, capsys):
