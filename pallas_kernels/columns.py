@@ -88,10 +88,10 @@ def over_turns(turn, products, early):
 
 
 def add_products(tiles, arrays, out, width, pool, ring, arrived):
-    """out = Σ tiles[i] @ arrays[i], from float32 sums.
+    """out = Σ (Σ tiles[i]) @ arrays[i], from float32 sums.
 
     Args:
-      tiles: [64, 64] each, in shared memory.
+      tiles: for each array one or more of [64, 64], in shared memory.
       arrays, width: as for `inner_products`.
       out: such a function for the result.
       pool: tiles of shared memory: the first `ring`, at least two, for what is in flight, the next for results.
@@ -111,10 +111,11 @@ def add_products(tiles, arrays, out, width, pool, ring, arrived):
 
     def one_step(step, _):
         def accumulate(acc):
-            for i, tile in enumerate(tiles):
+            for i, factors in enumerate(tiles):
                 slot = lax.rem(step * len(tiles) + i, ring)
                 plgpu.barrier_wait(arrived(slot))
-                plgpu.wgmma(acc, tile, pool.at[slot])
+                for tile in factors:
+                    plgpu.wgmma(acc, tile, pool.at[slot])
                 if i and not at_once:
                     plgpu.wgmma_wait(1)
                     plgpu.commit_smem()

@@ -24,7 +24,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pallas_kernels.tiles import SIZE, SQUARE, along_rows, load, product, row_and_column, transposed
+from pallas_kernels.tiles import (
+    SIZE,
+    SQUARE,
+    along_rows,
+    load,
+    load_parts,
+    of_parts,
+    product,
+    row_and_column,
+    store_parts,
+    transposed,
+    two_parts,
+)
 
 LEVELS = 6
 """of halves of 32, 16, 8, 4, 2 and 1 tokens"""
@@ -70,11 +82,6 @@ def num_parts(log_decay_dtype, dtype):
     return 1 if log_decay_dtype == dtype else 2
 
 
-def log_decay(parts):
-    """The log decays of a chunk, float32 in registers, from their parts, tiles in shared memory."""
-    return sum(load(part) for part in parts)
-
-
 def write_strength(log_decay):
     """1 - exp(log_decay), without cancellation for gates close to one."""
     return jnp.where(log_decay > -0.01, -log_decay * (1 + log_decay / 2), 1 - jnp.exp(log_decay))
@@ -97,6 +104,13 @@ def causal(scores, window, dtype):
     return (scores * load(window, scores.dtype)).astype(dtype)
 
 
+def causal_parts(scores, window, dtype):
+    """Two parts of A_ij where j <= i, else 0; as `causal`."""
+    if dtype == jnp.bfloat16:
+        return tuple(part * load(window, dtype) for part in two_parts(scores, dtype))
+    return two_parts(scores * load(window), dtype)
+
+
 class Pairs:
     """The pairs of tokens of one chunk and 64 slots, for sums with w_jm D_ijm.
 
@@ -104,30 +118,29 @@ class Pairs:
       through: prod(a[first..i]) at token i, float32 in registers.
     """
 
-    def __init__(self, mild, levels, write, constants, *, derived, rest=None):
+    def __init__(self, mild, levels, write, rest, constants, *, derived):
         """
         Args:
           mild: whether the chunk is, a scalar.
           levels: a `Levels`, whose tiles are free whenever sums are formed, unless the chunk is mild.
           write: a tile that holds w, or that is free if `derived`; from now on it belongs to this object.
+          rest: a tile for what rounding takes from the factors of mild gates, which a softmax would make larger; it may
+            hold the second part of the log decays, or be one of the levels'.
           constants: `constant_tiles`.
           derived: whether w is 1 - exp(log decay).
-          rest: a tile for what rounding takes from the factors of mild gates, which a softmax would make larger; it may
-            hold the second part of the log decays.
         """
         self.mild, self.levels, self.write, self.window = mild, levels, write, constants.at[THROUGH]
-        self.factors = (write,) if rest is None else (write, rest)
+        self.factors = write, rest
         cumulative = LOG2_E * window_sum(self.window, levels.parts)
         self.through = jnp.exp2(cumulative)
-        strength = write_strength(log_decay(levels.parts)) if derived else load(write)
+        strength = write_strength(load_parts(levels.parts)) if derived else load(write)
         strength = lax.cond(mild, lambda: strength * jnp.exp2(-cumulative), lambda: strength)
-        write[...] = strength.astype(write.dtype)
-        if rest is not None:
-            plgpu.commit_smem()
+        write[...], taken = two_parts(strength, write.dtype)
+        plgpu.commit_smem()
 
-            @pl.when(mild)
-            def _():
-                rest[...] = (strength - strength.astype(write.dtype).astype(jnp.float32)).astype(rest.dtype)
+        @pl.when(mild)
+        def _():
+            rest[...] = taken
 
         plgpu.commit_smem()
 
@@ -139,18 +152,30 @@ class Pairs:
 
         return lax.cond(self.mild, at_once, lambda: self.levels.sums(scores, self.write))
 
-    def scores(self, p):
-        """Σ_m p_im w_jm D_ijm for j <= i, anything finite else: float32 [SIZE, SIZE] from p in registers."""
+    def scores(self, p, *, exact=False):
+        """Σ_m p_im w_jm D_ijm for j <= i, anything finite else: float32 [SIZE, SIZE] from p in registers.
+
+        Args:
+          exact: whether p's factors go in two parts too, and the levels'. Roundings of a p of both signs, GLA's queries
+            or a gradient, show in full; those of a softmax, all positive, average out.
+        """
 
         def at_once():
+            factors = tuple(map(transposed, self.factors))
+            if exact:
+                return product(*of_parts(two_parts(p * self.through, self.write.dtype), factors))
             reading = (p * self.through).astype(self.write.dtype)
-            return product(*((reading, transposed(factor)) for factor in self.factors))
+            return product(*((reading, factor) for factor in factors))
 
-        return lax.cond(self.mild, at_once, lambda: self.levels.scores(p, self.write))
+        return lax.cond(self.mild, at_once, lambda: self.levels.scores(p, self.write, exact=exact))
 
     def causal(self, scores):
         """A_ij where j <= i, else 0: two-byte, from float32 in registers."""
         return causal(scores, self.window, self.write.dtype)
+
+    def causal_parts(self, scores):
+        """Two parts of it."""
+        return causal_parts(scores, self.window, self.write.dtype)
 
 
 class Levels:
@@ -217,14 +242,21 @@ class Levels:
         result = self.fold(add, jnp.zeros(SQUARE, jnp.float32))
         return result + self.own(load(scores)) * load(write)
 
-    def scores(self, p, write):
+    def scores(self, p, write, *, exact):
         """Σ_m p_im w_jm D_ijm for j <= i, else 0: float32 [SIZE, SIZE] from p in registers and a tile that holds w."""
-        factors, _ = self.free
+        factors, dtype = self.free, write.dtype
 
         def add(index, factor, result):
-            factors[...] = jnp.where(in_later_half(index), factor, load(write) * factor).astype(factors.dtype)
-            plgpu.commit_smem()
-            return result + self.at(index, product(((p * factor).astype(factors.dtype), transposed(factors))))
+            written = jnp.where(in_later_half(index), factor, load(write) * factor)
+            if exact:
+                store_parts(written, factors)
+                plgpu.commit_smem()
+                across = product(*of_parts(two_parts(p * factor, dtype), map(transposed, factors)))
+            else:
+                factors[0][...] = written.astype(dtype)
+                plgpu.commit_smem()
+                across = product(((p * factor).astype(dtype), transposed(factors[0])))
+            return result + self.at(index, across)
 
         result = self.fold(add, jnp.zeros(SQUARE, jnp.float32))
         return result + self.at(LEVELS, along_rows((p * load(write)).sum(axis=1)))

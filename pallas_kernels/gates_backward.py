@@ -8,8 +8,9 @@ from jax import lax
 from pallas_kernels import decays, tiles
 from pallas_kernels.tiles import SIZE
 
-SCORES, DY, WORK, WRITE, PARTS = 0, 2, 4, 10, 11
-"""scratch tiles: of the reads, of intermediate results, of the write key, of the log decays"""
+SCORES, DY, WORK, D_KEY, WRITE, PARTS = 0, 2, 4, 6, 10, 11
+"""scratch tiles: of the reads, of intermediate results, the first with prod(a) ⊙ H x and the gradient of the write key
+until they are used, of the write strength, of the log decays"""
 
 
 def gates_backward(reads, parts, mild, write, d_key, d_kept, *, out_dtype, interpret=None):
@@ -19,8 +20,8 @@ def gates_backward(reads, parts, mild, write, d_key, d_kept, *, out_dtype, inter
     the exponential of a sum of log decays: here the gradients of these sums are formed and added up over time.
 
     Where gates are mild, a pair pulls at G_i with the very number that it pulls with at -G_j, since both are products
-    of the same rounded factors. So what cancels in the sum over time does so to float32's precision; the sum takes two
-    two-byte parts.
+    of the same factors, each of two two-byte parts. So what cancels in the sum over time does so to float32's
+    precision; the sum takes two parts as well.
 
     Args:
       reads: two of (A, for j <= i and by the tokens of the chunk [B, T, H, 64], prod(a) ⊙ H x, dy [B, T, H, M]).
@@ -47,8 +48,8 @@ def gates_backward(reads, parts, mild, write, d_key, d_kept, *, out_dtype, inter
         h, m = lax.div(hm, num_blocks), lax.rem(hm, num_blocks)
         g, tokens, slots = lax.div(h, num_heads // num_groups), pl.ds(n * SIZE, SIZE), pl.ds(m * SIZE, SIZE)
         parts, written = [pool.at[PARTS + i] for i in range(num_parts)], pool.at[WRITE]
-        work = [pool.at[WORK + i] for i in (3, 1, 2, 0)]
-        levels = decays.Levels(levels_ref, parts, pool, WORK + 1 + mild_ref[b, g, n, m], arrived)
+        work, through = [pool.at[WORK + i] for i in range(5)], constants.at[decays.THROUGH]
+        levels = decays.Levels(levels_ref, parts, pool, WORK + 1, arrived)
         for i, ref in enumerate(per_head):
             here = (b, tokens, h) if i < 2 else (b, tokens, h, slots)  # scores are by tokens
             plgpu.copy_gmem_to_smem(ref.at[here], pool.at[i], arrived["all"])
@@ -60,29 +61,32 @@ def gates_backward(reads, parts, mild, write, d_key, d_kept, *, out_dtype, inter
         mild = mild_ref[b, g, n, m] > 0
         plgpu.barrier_wait(arrived["all"])
 
-        # The gates until the chunk's end, in the write key, and since its start, in what is read of the state before.
-        strength = tiles.load(written) if given else decays.write_strength(decays.log_decay(parts))
-        written[...] = strength.astype(dtype)
-        d_write = decays.gates_product(constants.at[decays.AFTER], parts) * tiles.load(pool.at[WORK + 2])
-        since_start = sum(tiles.load(pool.at[WORK + r]) * tiles.load(pool.at[DY + r]) for r in range(2))
-        pool[WORK], pool[WORK + 2] = since_start.astype(dtype), (strength * d_write).astype(dtype)
-        plgpu.commit_smem()
-        d_log_decay = tiles.product(
-            (tiles.transposed(constants.at[decays.THROUGH]), pool.at[WORK]),
-            (tiles.transposed(constants.at[decays.AFTER]), pool.at[WORK + 2]),
-        )
-
         def reads(r):
-            return pool.at[SCORES + r], pool.at[DY + r]
+            return pool.at[SCORES + r], pool.at[DY + r], pool.at[WORK + r]
+
+        def strength():
+            return tiles.load(written) if given else decays.write_strength(tiles.load_parts(parts))
+
+        def through_key(d_log_decay, d_write):
+            """Adds what comes through the write key, the gates until the chunk's end."""
+            d_strength = decays.gates_product(constants.at[decays.AFTER], parts) * tiles.load(pool.at[D_KEY])
+            d_log_decay += tiles.sums(constants.at[decays.AFTER], strength() * d_strength, work[:2])
+            return d_log_decay, d_write + d_strength
+
+        def by_halving():
+            written[...] = strength().astype(dtype)
+            since_start = sum(tiles.load(before) * tiles.load(dy) for _, dy, before in map(reads, range(2)))
+            gradients = through_key(tiles.sums(through, since_start, work[:2]), 0.0)
+            return of_pairs_by_halving(reads, levels, written, pool.at[WORK], *gradients)
 
         d_log_decay, d_write = lax.cond(
             mild,
-            lambda: of_pairs(reads, parts, written, constants.at[decays.THROUGH], work, d_log_decay, d_write),
-            lambda: of_pairs_by_halving(reads, levels, written, pool.at[WORK], d_log_decay, d_write),
+            lambda: through_key(*of_pairs(reads, strength, parts, through, factors=work[3:], work=work[:2])),
+            by_halving,
         )
         d_log_decay += tiles.along_columns(plgpu.load(kept, layout=tiles.COLUMNS))
         if not given:
-            d_log_decay -= jnp.exp(decays.log_decay(parts)) * d_write
+            d_log_decay -= jnp.exp(tiles.load_parts(parts)) * d_write
         for i, ref in enumerate(d_log_decay_refs):
             tiles.leave(d_log_decay, pool.at[i], ref.at[b, tokens, h, slots])
             d_log_decay -= d_log_decay.astype(dtype).astype(jnp.float32)
@@ -105,31 +109,33 @@ def gates_backward(reads, parts, mild, write, d_key, d_kept, *, out_dtype, inter
     return d_log_decay, *outputs[num_outputs:]
 
 
-def of_pairs(reads, parts, write, through, work, d_log_decay, d_write):
-    """Adds to the gradients of log decays and write strengths what comes from the pairs of tokens; for mild gates."""
-    (later, factors, high, low), dtype = work, write.dtype
-    cumulative = decays.window_sum(through, parts)
-    since, back = jnp.exp(cumulative), jnp.exp(-cumulative)
-    factors[...] = (tiles.load(write) * back).astype(dtype)
+def of_pairs(reads, strength, parts, through, *, factors, work):
+    """Gradients of log decays and write strengths, but for what comes through the write key; for mild gates.
+
+    Overwrites dy and prod(a) ⊙ H x of the reads. Before anything else, as it takes the most registers.
+    """
+
+    def cumulative():  # Once more rather than in registers.
+        return decays.window_sum(through, parts)
+
+    tiles.store_parts(strength() * jnp.exp(-cumulative()), factors)
 
     def one_read(r, carry):
         d_later, d_earlier = carry
-        scores, dy = reads(r)
-        later[...] = (tiles.load(dy) * since).astype(dtype)
+        scores, *later = reads(r)
+        dy, before = map(tiles.load, later)
+        d_later += before * dy
+        tiles.store_parts(dy * jnp.exp(cumulative()), later)
         plgpu.commit_smem()
-        d_later += tiles.load(later) * tiles.product((scores, factors))
-        d_earlier += tiles.product((tiles.transposed(scores), later))
-        plgpu.commit_smem()
+        d_later += tiles.load_parts(later) * tiles.product(*((scores, part) for part in factors))
+        d_earlier += tiles.product(*((tiles.transposed(scores), part) for part in later))
         return d_later, d_earlier
 
     zeros = jnp.zeros(tiles.SQUARE, jnp.float32)
     d_later, d_earlier = lax.fori_loop(0, 2, one_read, (zeros, zeros))
-    d_write += back * d_earlier
-    change = d_later - tiles.load(factors) * d_earlier
-    high[...] = change.astype(dtype)
-    low[...] = (change - change.astype(dtype).astype(jnp.float32)).astype(dtype)
     plgpu.commit_smem()
-    return d_log_decay + tiles.product(*((tiles.transposed(through), part) for part in (high, low))), d_write
+    change = d_later - tiles.load_parts(factors) * d_earlier
+    return tiles.sums(through, change, work), jnp.exp(-cumulative()) * d_earlier
 
 
 def of_pairs_by_halving(reads, levels, write, later, d_log_decay, d_write):
@@ -140,7 +146,7 @@ def of_pairs_by_halving(reads, levels, write, later, d_log_decay, d_write):
         d_log_decay, d_write = carry
         factors[...] = jnp.where(decays.in_later_half(index), factor, tiles.load(write) * factor).astype(dtype)
         d_later, d_earlier = 0.0, 0.0
-        for scores, dy in map(reads, range(2)):
+        for scores, dy, _ in map(reads, range(2)):
             across[...] = levels.at(index, tiles.load(scores, dtype))
             later[...] = (factor * tiles.load(dy)).astype(dtype)
             plgpu.commit_smem()
@@ -148,12 +154,10 @@ def of_pairs_by_halving(reads, levels, write, later, d_log_decay, d_write):
             d_earlier += tiles.product((tiles.transposed(across), later))
             plgpu.commit_smem()
         # d_later is zero in earlier halves, d_earlier in later ones.
-        across[...] = (tiles.load(factors) * (d_later + d_earlier)).astype(dtype)
-        plgpu.commit_smem()
-        d_log_decay += tiles.product((tiles.transposed(levels.window(index)), across))
-        return d_log_decay, d_write + factor * d_earlier
+        change = tiles.load(factors) * (d_later + d_earlier)
+        return d_log_decay + tiles.sums(levels.window(index), change, (across, later)), d_write + factor * d_earlier
 
     d_log_decay, d_write = levels.fold(one_level, (d_log_decay, d_write))
-    for scores, dy in map(reads, range(2)):
+    for scores, dy, _ in map(reads, range(2)):
         d_write += levels.own(tiles.load(scores)) * tiles.load(dy)
     return d_log_decay, d_write

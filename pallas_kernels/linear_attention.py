@@ -46,14 +46,14 @@ def _attention(q, k, v, log_decay, state, scale):
 
 def _forward(q, k, v, log_decay, state, scale, residuals=True):
     parts, key, kept, mild = chunk_gates(jnp.broadcast_to(log_decay, k.shape), k, q.dtype)
-    scores, reading = linear_scores(q, k, parts, mild, scale=scale)
-    out, last, *states = memory_read(v, key, kept, state, scores, reading, states=residuals)
+    reading, *scores = linear_scores(q, k, parts, mild, scale=scale, residuals=residuals)
+    out, last, *states = memory_read(v, key, kept, state, scores[:1], reading, states=residuals)
     like_gates = jnp.zeros(log_decay.shape[-1], log_decay.dtype)
-    return (out, last), (q, k, v, like_gates, (parts, key, kept, mild), states, (scores, reading))
+    return (out, last), (q, k, v, like_gates, (parts, key, kept, mild), states, (reading, scores))
 
 
 def _backward(scale, saved, cotangents):
-    q, k, v, like_gates, (parts, key, kept, mild), (states,), (scores, reading) = saved
+    q, k, v, like_gates, (parts, key, kept, mild), (states,), (reading, scores) = saved
     d_out, d_last = cotangents
     per_head = q.shape[2] // k.shape[2]
     one_gate = like_gates.size == 1
@@ -63,7 +63,7 @@ def _backward(scale, saved, cotangents):
         d_out, reading, kept, to_first_head(d_last, per_head), other=states, reverse=True
     )
     d_kept = jnp.repeat(kept, per_head, axis=1) * dot.sum(3)
-    dv = linear_write_backward(d_out, scores, key, d_states)
+    dv = linear_write_backward(d_out, *scores, key, d_states)
     dq, dk, d_log_decay = linear_read_backward(
         d_out, q, k, v, parts, mild, states, d_states, d_kept, scale=scale, out_dtype=gates_dtype
     )

@@ -10,8 +10,9 @@ from pallas_kernels.tiles import SIZE
 
 STAGES = 2
 """steps of the loop over channels of V in flight, of four tiles each"""
-LEVELS, EARLIER, X, Y, LATER = 0, 4, 5, 6, 7
-"""scratch tiles of the loop, once it is over; the first stage's are for the levels or already for the next turn"""
+LEVELS, WORK, REST = 0, (5, 6), 7
+"""Scratch tiles of the loop, once it is over: the levels', of which the first stage's may be for the next turn already;
+two to work in; what rounding takes from the scores."""
 SCORES, QUERY, KEY, PARTS = 8, 9, 10, 11
 """those behind the loop's"""
 
@@ -62,7 +63,8 @@ def linear_read_backward(d_out, q, k, v, parts, mild, states, d_states, d_kept, 
             return columns.inner_products(arrays, [(0, 1), (0, 2), (1, 3)], value_size, pool, STAGES, arrived["step"])
 
         b, h, g, n, m, tokens, block = split(turn.chunk)
-        query, key, scores, x, y = (pool.at[i] for i in (QUERY, KEY, SCORES, X, Y))
+        query, key, scores, rest = (pool.at[i] for i in (QUERY, KEY, SCORES, REST))
+        work = [pool.at[i] for i in WORK]
         parts, through = [pool.at[PARTS + i] for i in range(num_parts)], constants.at[decays.THROUGH]
         levels = decays.Levels(levels_ref, parts, pool, LEVELS, arrived)
         finish, follow = columns.over_turns(turn, products, early=1)
@@ -76,19 +78,12 @@ def linear_read_backward(d_out, q, k, v, parts, mild, states, d_states, d_kept, 
         d_scores, dq, dk = finish()
         follow(mild)
         plgpu.barrier_wait(arrived["block"])
-        scores[...] = decays.causal(scale * d_scores, through, dtype)
-        dq *= scale * decays.gates_product(through, parts)
-        dk *= decays.gates_product(constants.at[decays.AFTER], parts)
-        x[...] = (tiles.load(query) * dq).astype(dtype)
-        y[...] = (tiles.load(key) * dk).astype(dtype)
-        plgpu.commit_smem()
-        d_log_decay = tiles.product((tiles.transposed(through), x), (tiles.transposed(constants.at[decays.AFTER]), y))
-        gradients = d_log_decay, dq, dk
-        work = [pool.at[i] for i in (LATER, EARLIER, X, Y)]
+        scores[...], rest[...] = decays.causal_parts(scale * d_scores, through, dtype)
+        gradients = scale * dq, dk
         d_log_decay, dq, dk = lax.cond(
             mild,
-            lambda: of_pairs(query, key, scores, parts, through, work, gradients),
-            lambda: of_pairs_by_halving(query, key, scores, levels, x, gradients),
+            lambda: of_pairs(query, key, (scores, rest), parts, constants, work, *gradients),
+            lambda: of_pairs_by_halving(query, key, (scores, rest), levels, constants, work, *gradients),
         )
         d_log_decay += tiles.along_columns(plgpu.load(kept, layout=tiles.COLUMNS))
 
@@ -96,9 +91,8 @@ def linear_read_backward(d_out, q, k, v, parts, mild, states, d_states, d_kept, 
         tiles.leave(dq, query, dq_ref.at[here])
         follow(~mild)
         tiles.leave(dk, key, dk_ref.at[here])
-        for tile, ref in zip((x, y), d_log_decay_refs, strict=False):
-            tiles.leave(d_log_decay, tile, ref.at[here])
-            d_log_decay -= d_log_decay.astype(dtype).astype(jnp.float32)
+        for part, tile, ref in zip(tiles.two_parts(d_log_decay, dtype), work, d_log_decay_refs, strict=False):
+            tiles.leave(part, tile, ref.at[here])
 
     per_token = (batch_size, length, num_heads, key_size)
     dq, dk, *d_log_decay = tiles.chunk_kernel(
@@ -121,47 +115,59 @@ def linear_read_backward(d_out, q, k, v, parts, mild, states, d_states, d_kept, 
     return dq, dk, sum(part.astype(out_dtype) for part in d_log_decay)
 
 
-def of_pairs(query, key, scores, parts, through, work, gradients):
-    """Adds to the gradients of log decays, queries and keys what comes from pairs of tokens; for mild gates."""
-    (later, earlier, high, low), dtype = work, query.dtype
-    d_log_decay, dq, dk = gradients
-    cumulative = decays.window_sum(through, parts)
-    later[...] = (tiles.load(query) * jnp.exp(cumulative)).astype(dtype)
-    earlier[...] = (tiles.load(key) * jnp.exp(-cumulative)).astype(dtype)
-    plgpu.commit_smem()
-    d_later = tiles.product((scores, earlier))
-    d_earlier = tiles.product((tiles.transposed(scores), later))
-    dq += jnp.exp(cumulative) * d_later
-    dk += jnp.exp(-cumulative) * d_earlier
-    change = tiles.load(later) * d_later - tiles.load(earlier) * d_earlier
-    high[...] = change.astype(dtype)
-    low[...] = (change - change.astype(dtype).astype(jnp.float32)).astype(dtype)
-    plgpu.commit_smem()
-    return d_log_decay + tiles.product(*((tiles.transposed(through), part) for part in (high, low))), dq, dk
+def of_pairs(query, key, scores, parts, constants, work, dq, dk):
+    """Gradients of log decays, queries and keys, from those of queries and keys before decay; for mild gates."""
+    through, after = constants.at[decays.THROUGH], constants.at[decays.AFTER]
+
+    def cumulative():  # once more rather than in registers
+        return decays.window_sum(through, parts)
+
+    def pull(scores, factors):
+        """Σ_j A_ij f_j"""
+        tiles.store_parts(factors, work)
+        plgpu.commit_smem()
+        result = tiles.product(*tiles.of_parts(scores, work))
+        plgpu.commit_smem()
+        return result
+
+    dq = (dq + pull(scores, tiles.load(key) * jnp.exp(-cumulative()))) * jnp.exp(cumulative())
+    change = tiles.load(query) * dq
+    scores = tuple(map(tiles.transposed, scores))
+    pulled = pull(scores, tiles.load(query) * jnp.exp(cumulative()))
+    change -= tiles.load(key) * (pulled * jnp.exp(-cumulative()))
+    d_log_decay = tiles.sums(through, change, work)
+    dk *= decays.gates_product(after, parts)
+    d_log_decay += tiles.sums(after, tiles.load(key) * dk, work)
+    return d_log_decay, dq, dk + pulled * jnp.exp(-cumulative())
 
 
-def of_pairs_by_halving(query, key, scores, levels, product, gradients):
+def of_pairs_by_halving(query, key, scores, levels, constants, work, dq, dk):
     """As `of_pairs`, for any gates.
 
     At one level a row is either a query's, in a later half, or a key's, in an earlier half: x_i = f_i ⊙ (q_i or k_i)
     with the factor f. Either way the pairs of the level pull at it by y_i = Σ_j (dS + dSᵀ)_ij x_j, scale being in dS:
     f ⊙ y is the gradient of that query or key, x ⊙ y that of log f.
     """
-    (across, pulled), dtype = levels.free, query.dtype
+    through, after = constants.at[decays.THROUGH], constants.at[decays.AFTER]
+    dq *= decays.gates_product(through, levels.parts)
+    dk *= decays.gates_product(after, levels.parts)
+    d_log_decay = tiles.sums(through, tiles.load(query) * dq, work)
+    d_log_decay += tiles.sums(after, tiles.load(key) * dk, work)
+    across, pulled, dtype = (levels.free[0], work[0]), (levels.free[1], work[1]), query.dtype
 
     def one_level(index, factor, gradients):
         d_log_decay, dq, dk = gradients
         later = decays.in_later_half(index)
-        pulled[...] = (factor * jnp.where(later, tiles.load(query), tiles.load(key))).astype(dtype)
-        across[...] = levels.at(index, tiles.load(scores, dtype))
+        tiles.store_parts(factor * jnp.where(later, tiles.load(query), tiles.load(key)), pulled)
+        for tile, part in zip(across, scores, strict=True):
+            tile[...] = levels.at(index, tiles.load(part, dtype))
         plgpu.commit_smem()
-        y = tiles.product((across, pulled), (tiles.transposed(across), pulled))
-        product[...] = (tiles.load(pulled) * y).astype(dtype)
+        y = tiles.product(*tiles.of_parts(across, pulled), *tiles.of_parts(map(tiles.transposed, across), pulled))
         plgpu.commit_smem()
+        d_log_decay += tiles.sums(levels.window(index), tiles.load_parts(pulled) * y, pulled)
         y *= factor
-        dq, dk = dq + jnp.where(later, y, 0.0), dk + jnp.where(later, 0.0, y)
-        return d_log_decay + tiles.product((tiles.transposed(levels.window(index)), product)), dq, dk
+        return d_log_decay, dq + jnp.where(later, y, 0.0), dk + jnp.where(later, 0.0, y)
 
-    d_log_decay, dq, dk = levels.fold(one_level, gradients)
-    own = levels.own(tiles.load(scores))
+    d_log_decay, dq, dk = levels.fold(one_level, (d_log_decay, dq, dk))
+    own = sum(levels.own(tiles.load(part)) for part in scores)
     return d_log_decay, dq + own * tiles.load(key), dk + own * tiles.load(query)

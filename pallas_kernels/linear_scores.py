@@ -10,11 +10,12 @@ from pallas_kernels.tiles import SIZE, SQUARE
 
 AHEAD = 2
 """blocks of K that are asked for before they are needed"""
-LEAVING, LEVELS, BLOCKS = 0, 0, 5
-"""Scratch tiles: two that results leave by, which with three more are also the levels'; then those of the blocks."""
+LEAVING, LEVELS, REST, BLOCKS = 0, 0, 2, 5
+"""Scratch tiles: two that results leave by, which with three more are also the levels', one of them where gates are not
+mild only; then those of the blocks."""
 
 
-def linear_scores(q, k, parts, mild, *, scale, interpret=None):
+def linear_scores(q, k, parts, mild, *, scale, residuals, interpret=None):
     """How a memory is to be read.
 
         S_ij = scale · Σ_m q_im k_jm D_ijm                                          for j <= i
@@ -24,9 +25,11 @@ def linear_scores(q, k, parts, mild, *, scale, interpret=None):
       q: [B, T, H, K], two-byte; K is a multiple of 64, 64 channels are called a block.
       k: [B, T, G, K].
       parts, mild: [P, B, T, G, K] and [B, G, N, K / 64], log decays from `gates.chunk_gates`.
+      residuals: whether to return what only the backward pass needs.
 
     Returns:
-      S [B, T, H, 64] by the tokens of the chunk, scale · prod(a) ⊙ q [B, T, H, K].
+      scale · prod(a) ⊙ q [B, T, H, K], S [B, T, H, 64] by the tokens of the chunk, with `residuals` also what rounding
+      took from S.
     """
     batch_size, length, num_heads, key_size = q.shape
     per_head, num_chunks = num_heads // k.shape[2], mild.shape[2]
@@ -34,7 +37,7 @@ def linear_scores(q, k, parts, mild, *, scale, interpret=None):
     num_blocks, per_block = key_size // SIZE, 2 + num_parts
     ahead = min(AHEAD, num_blocks)
 
-    def body(turn, pool, constants, arrived, q_ref, k_ref, levels_ref, mild_ref, parts_ref, scores_ref, reader_ref):
+    def body(turn, pool, constants, arrived, q_ref, k_ref, levels_ref, mild_ref, parts_ref, reader_ref, *scores_refs):
         b, h, n = turn.chunk
         tokens = pl.ds(n * SIZE, SIZE)
 
@@ -69,9 +72,9 @@ def linear_scores(q, k, parts, mild, *, scale, interpret=None):
             plgpu.barrier_wait(barrier)
             pl.when(~mild)(lambda: plgpu.wait_smem_to_gmem(0, wait_read_only=True))
             levels = decays.Levels(levels_ref, parts, pool, LEVELS, arrived)
-            pairs = decays.Pairs(mild, levels, key, constants, derived=False)
+            pairs = decays.Pairs(mild, levels, key, pool.at[REST], constants, derived=False)
             x = tiles.load(query)
-            scores += pairs.scores(x)
+            scores += pairs.scores(x, exact=True)
             reader = scale * x * pairs.through
             leave(pool.at[LEAVING + lax.rem(block, 2)], reader, reader_ref.at[b, tokens, h, pl.ds(block * SIZE, SIZE)])
             request_ahead(block)
@@ -85,13 +88,14 @@ def linear_scores(q, k, parts, mild, *, scale, interpret=None):
                 request(turn.chunk, block, block)
 
         scores = lax.fori_loop(0, num_blocks, one_block, jnp.zeros(SQUARE, jnp.float32))
-        scores = decays.causal(scale * scores, constants.at[decays.THROUGH], dtype)
-        leave(pool.at[LEAVING + num_blocks % 2], scores, scores_ref.at[b, tokens, h])
+        scores = decays.causal_parts(scale * scores, constants.at[decays.THROUGH], dtype)
+        for number, (part, ref) in enumerate(zip(scores, scores_refs, strict=False), num_blocks):
+            leave(pool.at[LEAVING + number % 2], part, ref.at[b, tokens, h])
 
     return tiles.chunk_kernel(
         "linear_scores",
         body,
-        *[((batch_size, length, num_heads, size), dtype) for size in (SIZE, key_size)],
+        *[((batch_size, length, num_heads, size), dtype) for size in (key_size, *[SIZE] * (1 + residuals))],
         shape=(batch_size, num_heads, num_chunks),
         dtype=dtype,
         tiles=BLOCKS + ahead * per_block,

@@ -32,7 +32,8 @@ def memory_read(x, key, kept, initial, scores, reader, *, states=False, interpre
       key: [B, T, G, M] of x's dtype, M a multiple of 64.
       kept: [B, G, N, M] float32, N = ceil(T / 64).
       initial: [B, G, M, D] float32.
-      scores, reader: [B, T, H, 64] by the tokens of the chunk, [B, T, H, M], of x's dtype, H a multiple of G.
+      scores: one or more, to be added up, [B, T, H, 64] by the tokens of the chunk, of x's dtype, H a multiple of G.
+      reader: [B, T, H, M], of x's dtype.
       states: whether to return these too.
 
     Returns:
@@ -44,7 +45,7 @@ def memory_read(x, key, kept, initial, scores, reader, *, states=False, interpre
         slots = slice(first, first + MOST_SLOTS)
         return _memory_read(
             *(x, key[..., slots], kept[..., slots], initial[..., slots, :]),
-            *(jnp.zeros_like(scores) if first else scores, reader[..., slots]),
+            *([jnp.zeros_like(scores[0])] if first else scores, reader[..., slots]),
             states=states,
             interpret=interpret,
         )
@@ -70,9 +71,11 @@ def _memory_read(x, key, kept, initial, scores, reader, *, states, interpret):
     segment = pl.cdiv(num_chunks, num_segments)
     warpgroups = _warpgroups(name, total * num_segments, num_columns, num_blocks, segment)
     leaving = min(num_blocks, 2) if states else 1  # tiles that results leave by
-    stages = _stages(warpgroups, num_blocks, leaving)
+    num_scores = len(scores)
+    stages = _stages(warpgroups, num_blocks, num_scores, leaving)
 
-    def body(x_ref, key_ref, kept_ref, initial_ref, scores_ref, reader_ref, out_ref, last_ref, states_ref=None):
+    def body(x_ref, key_ref, kept_ref, initial_ref, reader_ref, *refs):
+        scores_refs, (out_ref, last_ref, *states_refs) = refs[:num_scores], refs[num_scores:]
         bh, d, s, warpgroup = (lax.axis_index(name) for name in ("bh", "d", "s", "warpgroup"))
         b, h = lax.div(bh, num_heads), lax.rem(bh, num_heads)
         g, first = lax.div(h, per_head), s * segment
@@ -101,7 +104,8 @@ def _memory_read(x, key, kept, initial, scores, reader, *, states, interpret):
                 for number in range(warpgroups):
                     plgpu.copy_gmem_to_smem(x_ref.at[b, tokens, g, columns(number)], xs.at[slot, number], barrier)
                 plgpu.copy_gmem_to_smem(reader_ref.at[b, tokens, h], readers.at[slot], barrier)
-                plgpu.copy_gmem_to_smem(scores_ref.at[b, tokens, h], scores.at[slot], barrier)
+                for number, ref in enumerate(scores_refs):
+                    plgpu.copy_gmem_to_smem(ref.at[b, tokens, h], scores.at[slot, number], barrier)
                 plgpu.copy_gmem_to_smem(key_ref.at[b, tokens, g], keys.at[slot], barrier)
                 plgpu.copy_gmem_to_smem(kept_ref.at[b, g, n], kepts.at[slot], barrier)
 
@@ -114,7 +118,7 @@ def _memory_read(x, key, kept, initial, scores, reader, *, states, interpret):
                 plgpu.commit_smem()
                 for block in blocks:
                     rows = pl.ds(block * SIZE, SIZE)
-                    plgpu.copy_smem_to_gmem(leaving.at[block - first], states_ref.at[b, g, n, rows, own])
+                    plgpu.copy_smem_to_gmem(leaving.at[block - first], states_refs[0].at[b, g, n, rows, own])
 
             def one_chunk(step, state):
                 slot, n = lax.rem(step, stages), first + step
@@ -128,7 +132,8 @@ def _memory_read(x, key, kept, initial, scores, reader, *, states, interpret):
                     plgpu.wgmma(acc, written, keys.at[slot])
                     plgpu.wgmma_wait(0)
 
-                out = tiles.product((two_byte, transposed(readers.at[slot])), (written, transposed(scores.at[slot])))
+                in_chunk = [(written, transposed(scores.at[slot, number])) for number in range(num_scores)]
+                out = tiles.product((two_byte, transposed(readers.at[slot])), *in_chunk)
                 if states and num_blocks > 2:  # by the same tiles, whose copies had the time of the products
                     pl.when(of_group)(lambda: save_state(n, two_byte, 2))
                 state *= tiles.along_columns(plgpu.load(kepts.at[slot], layout=COLUMNS))
@@ -177,10 +182,10 @@ def _memory_read(x, key, kept, initial, scores, reader, *, states, interpret):
             tiles.scratch((stages, warpgroups, *SQUARE), dtype),
             tiles.scratch((stages, SIZE, num_slots), dtype),
             tiles.scratch((stages, SIZE, num_slots), dtype),
-            tiles.scratch((stages, *SQUARE), dtype),
+            tiles.scratch((stages, num_scores, *SQUARE), dtype),
             tiles.scratch((stages, num_slots)),
             tiles.scratch((warpgroups, leaving, *SQUARE), dtype),
-            plgpu.Barrier(num_arrivals=4 + warpgroups, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=3 + num_scores + warpgroups, num_barriers=stages),
             plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
         )
         scoped(functools.partial(last_state, state), full)
@@ -196,7 +201,7 @@ def _memory_read(x, key, kept, initial, scores, reader, *, states, interpret):
         num_threads=warpgroups,
         thread_name="warpgroup",
         interpret=interpret,
-    )(x, key, kept, initial, scores, reader)
+    )(x, key, kept, initial, reader, *scores)
     return out, last[:, :, -1], *saved
 
 
@@ -213,8 +218,8 @@ def _warpgroups(name, total, num_columns, num_blocks, segment):
     return choose(f"{name} warpgroups", (total, num_columns, num_blocks, segment), rule, options)
 
 
-def _stages(warpgroups, num_blocks, leaving):
+def _stages(warpgroups, num_blocks, num_scores, leaving):
     """As many chunks in flight as fit in shared memory."""
     tile = 2 * SIZE * SIZE
-    in_flight = (warpgroups + 2 * num_blocks + 1) * tile + 4 * SIZE * num_blocks
+    in_flight = (warpgroups + 2 * num_blocks + num_scores) * tile + 4 * SIZE * num_blocks
     return min(MOST_STAGES, (SHARED_MEMORY - warpgroups * leaving * tile) // in_flight)

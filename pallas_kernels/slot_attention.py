@@ -55,10 +55,10 @@ def _attention(q, k, v, log_decay, write, keys, values, scale, num_slots):
 def _forward(q, k, v, log_decay, write, keys, values, scale, num_slots, residuals=True):
     parts, key, kept, mild = chunk_gates(log_decay, write, q.dtype)
     key_states, last_keys = chunk_states(k, key, kept, keys)
-    scores, reading, *read = slot_softmax(
+    reading, scores, *read = slot_softmax(
         q, k, parts, mild, write, key_states, scale=scale, num_slots=num_slots, residuals=residuals
     )
-    out, last_values, *value_states = memory_read(v, key, kept, values, scores, reading, states=residuals)
+    out, last_values, *value_states = memory_read(v, key, kept, values, [scores], reading, states=residuals)
     gates = (jnp.zeros((), log_decay.dtype), write, parts, key, kept, mild)
     saved = q, k, v, gates, keys, key_states, value_states, (scores, *read)
     return (out, last_keys, last_values), saved
@@ -67,12 +67,12 @@ def _forward(q, k, v, log_decay, write, keys, values, scale, num_slots, residual
 def _backward(scale, num_slots, saved, cotangents):
     q, k, v, (like_log_decay, write, parts, key, kept, mild), keys, key_states, (value_states,), read = saved
     d_out, d_last_keys, d_last_values = cotangents
-    value_scores, key_scores, key_before, p = read
+    *value_scores, key_scores, key_before, p = read
     num_groups = k.shape[2]
     per_head = q.shape[2] // num_groups
     gates_dtype = like_log_decay.dtype if per_head == 1 else jnp.float32
 
-    d_key_scores, d_value_scores, key_reading, value_reading, d_value_before, ds = slot_softmax_backward(
+    *d_key_scores, d_value_scores, key_reading, value_reading, d_value_before, ds = slot_softmax_backward(
         d_out, v, parts, mild, write, value_states, p, scale=scale
     )
     dq, *_ = memory_read(k, key, kept, keys, d_key_scores, key_reading)
@@ -83,7 +83,7 @@ def _backward(scale, num_slots, saved, cotangents):
         d_out, value_reading, kept, to_first_head(d_last_values, per_head), other=value_states, reverse=True
     )
     d_kept = jnp.repeat(kept, per_head, axis=1) * (keys_dot.sum(3) + values_dot.sum(3))
-    d_key, dk, dv = write_backward(((k, q, d_key_scores, d_keys), (v, d_out, value_scores, d_values)), key)
+    d_key, dk, dv = write_backward(((k, q, *d_key_scores, d_keys), (v, d_out, *value_scores, d_values)), key)
     d_log_decay, *d_write = gates_backward(
         ((key_scores, key_before, ds), (d_value_scores, d_value_before, p)),
         parts,

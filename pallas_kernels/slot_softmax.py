@@ -26,25 +26,28 @@ def slot_softmax(q, k, parts, mild, write, keys, *, scale, num_slots, residuals=
       residuals: whether to return what the backward pass wants, too.
 
     Returns:
-      (S [B, T, H, 64] by the tokens of the chunk, prod(a) ⊙ p [B, T, H, M]), with `residuals` also (q·k for j <= i like
-      S, prod(a) ⊙ Kmem q and p [B, T, H, M]).
+      (prod(a) ⊙ p [B, T, H, M], S [B, T, H, 64] by the tokens of the chunk), with `residuals` also (what rounding took
+      from S, q·k for j <= i like S, prod(a) ⊙ Kmem q and p [B, T, H, M]).
     """
 
-    def rest(chunk, value_scores_ref, reader_ref, *residual_refs):
+    def rest(chunk, reader_ref, value_scores_ref, *residual_refs):
         here, pairs, scores, leaving = chunk.here, chunk.pairs, chunk.scores, chunk.leaving
         qk, logits = chunk.products
         scores[...] = pairs[0].causal(qk)
         logits = [x * of_block.through for x, of_block in zip(logits, pairs, strict=True)]
         plgpu.commit_smem()
         if residual_refs:
-            qk_ref, before_ref, p_ref = residual_refs
+            taken_ref, qk_ref, before_ref, p_ref = residual_refs
             plgpu.copy_smem_to_gmem(scores, qk_ref.at[here])
             for block, x in zip(chunk.blocks, logits, strict=True):
                 leaving.save(x, before_ref.at[*here, block.slots])
         logits = [x + of_block.sums(scores) for x, of_block in zip(logits, pairs, strict=True)]
         p = softmax([decays.LOG2_E * scale * x for x in logits], num_slots)
         value_scores = sum(of_block.scores(x) for x, of_block in zip(p, pairs, strict=True))
-        leaving.save(pairs[0].causal(value_scores), value_scores_ref.at[here])
+        value_scores, taken = pairs[0].causal_parts(value_scores)
+        leaving.save(value_scores, value_scores_ref.at[here])
+        if residual_refs:
+            leaving.save(taken, taken_ref.at[here])
         chunk.gates_done()
         for block, x, of_block in zip(chunk.blocks, p, pairs, strict=True):
             leaving.save(x * of_block.through, reader_ref.at[*here, block.slots])
@@ -52,7 +55,7 @@ def slot_softmax(q, k, parts, mild, write, keys, *, scale, num_slots, residuals=
                 leaving.save(x, p_ref.at[*here, block.slots])
 
     padded = keys.shape[3]
-    outputs = [SIZE, padded] + [SIZE, padded, padded] * residuals
+    outputs = [padded, SIZE] + [SIZE, SIZE, padded, padded] * residuals
     return slots.row_read("slot_softmax", rest, q, k, keys, parts, mild, write, outputs=outputs, interpret=interpret)
 
 

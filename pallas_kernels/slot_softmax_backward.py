@@ -20,11 +20,11 @@ def slot_softmax_backward(d_out, v, parts, mild, write, values, p, *, scale, int
         the others as for `slot_softmax`.
 
     Returns:
-      A and dS [B, T, H, 64], by the tokens of the chunk; and [B, T, H, M] each: prod(a) ⊙ ds, prod(a) ⊙ p,
-      prod(a) ⊙ Vmem do, ds.
+      A, what rounding took from it, and dS [B, T, H, 64], by the tokens of the chunk; and [B, T, H, M] each:
+      prod(a) ⊙ ds, prod(a) ⊙ p, prod(a) ⊙ Vmem do, ds.
     """
 
-    def rest(chunk, scores_ref, d_scores_ref, key_ref, value_ref, d_before_ref, ds_ref):
+    def rest(chunk, scores_ref, taken_ref, d_scores_ref, key_ref, value_ref, d_before_ref, ds_ref):
         here, pairs, scores, leaving = chunk.here, chunk.pairs, chunk.scores, chunk.leaving
         d_scores, dp = chunk.products
         p = [tiles.load(tile) for tile in chunk.beside]
@@ -39,8 +39,9 @@ def slot_softmax_backward(d_out, v, parts, mild, write, values, p, *, scale, int
         # p was rounded: divided by its sum, so that a gradient common to all slots cancels.
         mean = sum((x * dx).sum(axis=1) for x, dx in zip(p, dp, strict=True)) / sum(x.sum(axis=1) for x in p)
         ds = [scale * x * (dx - tiles.along_rows(mean)) for x, dx in zip(p, dp, strict=True)]
-        key_scores = sum(of_block.scores(dx) for dx, of_block in zip(ds, pairs, strict=True))
-        leaving.save(pairs[0].causal(key_scores), scores_ref.at[here])
+        key_scores = sum(of_block.scores(dx, exact=True) for dx, of_block in zip(ds, pairs, strict=True))
+        for part, ref in zip(pairs[0].causal_parts(key_scores), (scores_ref, taken_ref), strict=True):
+            leaving.save(part, ref.at[here])
         chunk.gates_done()
         for block, dx, of_block in zip(chunk.blocks, ds, pairs, strict=True):
             leaving.save(dx * of_block.through, key_ref.at[*here, block.slots])
@@ -51,7 +52,7 @@ def slot_softmax_backward(d_out, v, parts, mild, write, values, p, *, scale, int
         "slot_softmax_backward",
         rest,
         *(d_out, v, values, parts, mild, write),
-        outputs=[SIZE, SIZE, *[num_slots] * 4],
+        outputs=[SIZE] * 3 + [num_slots] * 4,
         beside=p,
         interpret=interpret,
     )

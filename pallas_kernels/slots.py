@@ -133,9 +133,9 @@ def row_read(name, rest, x, y, states, parts, mild, write, *, outputs, beside=No
 
         def pairs(block):
             parts = [pool.at[block.parts + i] for i in range(num_parts)]
-            levels = decays.Levels(levels_ref, parts, pool, 0 + mild_ref[b, g, n, 0], arrived)
+            levels = decays.Levels(levels_ref, parts, pool, 0, arrived)
             write, rest = pool.at[block.write], pool.at[block.rest]
-            return decays.Pairs(mild, levels, write, constants, derived=not write_refs, rest=rest)
+            return decays.Pairs(mild, levels, write, rest, constants, derived=not write_refs)
 
         def gates_done():
             pl.when(~turn.is_last)(lambda: request_gates(turn.following))

@@ -18,7 +18,7 @@ from pallas_kernels.sizes import choose, multiprocessors
 SIZE = 64
 """rows and columns of a tile; tokens in a chunk"""
 SQUARE = (SIZE, SIZE)
-SHARED_MEMORY = 224 * 1024
+SHARED_MEMORY = 225 * 1024
 """bytes of tiles in a block, at most: an H100's 227 KiB, less barriers and scratch of reductions"""
 WARPGROUPS = 2
 """in a block, unless told: a thread then has 255 registers; with three, 168, and most kernels spill"""
@@ -37,6 +37,15 @@ def scratch(shape, dtype=jnp.float32):
     swizzled = (plgpu.TilingTransform((8, SIZE)), plgpu.SwizzleTransform(128))
     is_operand = len(shape) >= 2 and jnp.dtype(dtype).itemsize == 2
     return plgpu.SMEM(shape, dtype, transforms=swizzled if is_operand else ())
+
+
+def anew(tiles, step):
+    """The same tiles, but at addresses that depend on the step of a loop as far as the compiler can see.
+
+    It would keep the addresses of all tiles in registers from step to step, some hundred, and spill what is computed.
+    """
+    zero = lax.shift_right_logical(step, 30)
+    return tiles.at[pl.ds(zero, tiles.shape[0])]
 
 
 def load(ref, dtype=jnp.float32):
@@ -64,6 +73,51 @@ def product(*pairs):
         return acc[...]
 
     return pl.run_scoped(accumulate, plgpu.ACC((pairs[0][0].shape[0], pairs[0][1].shape[1]), jnp.float32))
+
+
+def two_parts(x, dtype):
+    """x, float32 in registers, as a sum of two two-byte numbers: x rounded, and what rounding took."""
+    rounded = _rounded(x, dtype)
+    return rounded.astype(dtype), (x - rounded).astype(dtype)
+
+
+def _rounded(x, dtype):
+    """x as `dtype` can hold it, in float32: for bfloat16 by integer arithmetic, as conversions run at a fraction of its
+    rate."""
+    if dtype != jnp.bfloat16:
+        return x.astype(dtype).astype(jnp.float32)
+    bits = lax.bitcast_convert_type(x, jnp.int32) + 0x8000
+    return lax.bitcast_convert_type(bits & ~0xFFFF, jnp.float32)
+
+
+def sums(window, x, parts):
+    """windowᵀ x: what comes from every token whose window, a row of the tile `window`, holds this one.
+
+    Args:
+      x: float32 in registers; it goes in two parts, by the tiles `parts`.
+    """
+    store_parts(x, parts)
+    plgpu.commit_smem()
+    result = product(*((transposed(window), part) for part in parts))
+    plgpu.commit_smem()
+    return result
+
+
+def store_parts(x, parts):
+    """From registers to shared memory, in two parts."""
+    for part, tile in zip(two_parts(x, parts[0].dtype), parts, strict=True):
+        tile[...] = part
+
+
+def load_parts(parts):
+    """From shared memory to registers, the sum of the parts."""
+    return sum(map(load, parts))
+
+
+def of_parts(x, y):
+    """The pairs of a `product` x @ y from two parts of each; those of the second ones are too small to count."""
+    (x, x_rest), (y, y_rest) = x, y
+    return (x, y), (x, y_rest), (x_rest, y)
 
 
 def along_rows(x, columns=SIZE):
@@ -198,8 +252,8 @@ def chunk_kernel(
             def one_chunk(step, _):
                 body(
                     Turn(step, chunk(step), chunk(step + 1), step == steps - 1),
-                    pool.at[warpgroup],
-                    shared,
+                    anew(pool.at[warpgroup], step),
+                    anew(shared, step) if constants else None,
                     {name: _own(barriers[name], warpgroup, n) for name, n in arrivals.items()},
                     *(array.at[warpgroup] for array in numbers),
                     *refs,

@@ -22,7 +22,8 @@ def write_backward(memories, key, interpret=None):
 
     Args:
       memories: a sequence of (x [B, T, G, D] written, y [B, T, H, D] that multiplies the scores, S [B, T, H, 64] the
-        scores i by the tokens j of the chunk, dH [B, H, N, M, D] the gradient of the state that leaves the chunk).
+        scores i by the tokens j of the chunk, what rounding took from S, dH [B, H, N, M, D] the gradient of the state
+        that leaves the chunk).
       key: [B, T, G, M], the write key at its chunk's end.
 
     Returns:
@@ -32,21 +33,27 @@ def write_backward(memories, key, interpret=None):
     num_groups, num_slots = key.shape[2:]
     blocks, dtype = slots.ranges(num_slots), key.dtype
     per_step = 2 + len(blocks)
-    # Scratch tiles behind those of the loops: the key, the scores of each memory, two for results.
+    # Scratch tiles behind those of the loops: the key, two parts of one memory's scores, two for results.
     KEY = STAGES * per_step
     SCORES = KEY + len(blocks)
     num_steps = [x.shape[-1] // SIZE for x, *_ in memories]
     operands = [array for memory in memories for array in memory] + [key]
-    OUT = SCORES + len(memories)
+    OUT = SCORES + 2
 
     def body(turn, pool, _, arrived, *refs):
         (*memory_refs, key_ref), (d_key_ref, *dx_refs) = refs[: len(operands)], refs[len(operands) :]
-        memory_refs = [memory_refs[4 * index : 4 * index + 4] for index in range(len(memories))]
+        memory_refs = [memory_refs[5 * index : 5 * index + 5] for index in range(len(memories))]
         b, h, n = turn.chunk
         g, tokens = lax.div(h, num_heads // num_groups), pl.ds(n * SIZE, SIZE)
 
+        scores = pool.at[SCORES], pool.at[SCORES + 1]
+
+        def request_scores(index):
+            for ref, tile in zip(memory_refs[index][2:4], scores, strict=True):
+                plgpu.copy_gmem_to_smem(ref.at[b, tokens, h], tile, arrived["scores"])
+
         def request(index, step, slot):
-            x_ref, y_ref, _, state_ref = memory_refs[index]
+            x_ref, y_ref, _, _, state_ref = memory_refs[index]
             columns, barrier = pl.ds(step * SIZE, SIZE), arrived["step"](slot)
             sources = [x_ref.at[b, tokens, g, columns], y_ref.at[b, tokens, h, columns]]
             sources += [state_ref.at[b, h, n, block, columns] for block in blocks]
@@ -63,8 +70,7 @@ def write_backward(memories, key, interpret=None):
 
         for i, block in enumerate(blocks):
             plgpu.copy_gmem_to_smem(key_ref.at[b, tokens, g, block], pool.at[KEY + i], arrived["key"])
-        for index, (_, _, scores_ref, _) in enumerate(memory_refs):
-            plgpu.copy_gmem_to_smem(scores_ref.at[b, tokens, h], pool.at[SCORES + index], arrived["scores"](index))
+        request_scores(0)
         for number, (index, step) in enumerate(first_steps):
             request(index, step, number)
 
@@ -76,7 +82,7 @@ def write_backward(memories, key, interpret=None):
             for accumulator, rows in zip(d_key, d_state, strict=True):
                 plgpu.wgmma(accumulator, x, tiles.transposed(rows))
             through_state = [(pool.at[KEY + i], rows) for i, rows in enumerate(d_state)]
-            dx = tiles.product((tiles.transposed(pool.at[SCORES + index]), y), *through_state)
+            dx = tiles.product(*((tiles.transposed(part), y) for part in scores), *through_state)
             plgpu.wait_smem_to_gmem(1, wait_read_only=True)
             request_later(index, step, slot)
             out = dx_refs[index].at[b, tokens, h, pl.ds(step * SIZE, SIZE)]
@@ -85,7 +91,9 @@ def write_backward(memories, key, interpret=None):
         def accumulate(*d_key):
             plgpu.barrier_wait(arrived["key"])
             for index in range(len(memories)):
-                plgpu.barrier_wait(arrived["scores"](index))
+                if index:  # all threads have met since the products with those of the memory before
+                    request_scores(index)
+                plgpu.barrier_wait(arrived["scores"])
                 lax.fori_loop(0, num_steps[index], functools.partial(one_step, index, d_key), None)
             return tuple(accumulator[...] for accumulator in d_key)
 
@@ -100,11 +108,11 @@ def write_backward(memories, key, interpret=None):
         body,
         ((batch_size, length, num_heads, num_slots), dtype),
         *[((batch_size, length, num_heads, x.shape[-1]), dtype) for x, *_ in memories],
-        shape=(batch_size, num_heads, memories[0][3].shape[2]),
+        shape=(batch_size, num_heads, memories[0][-1].shape[2]),
         dtype=dtype,
         tiles=OUT + 2,
         constants=0,
         width=sum(x.shape[-1] for x, *_ in memories),
-        arrivals={"step": (STAGES, per_step), "scores": (len(memories), 1), "key": len(blocks)},
+        arrivals={"step": (STAGES, per_step), "scores": 2, "key": len(blocks)},
         interpret=interpret,
     )(jnp.zeros((1, *SQUARE), dtype), *operands)

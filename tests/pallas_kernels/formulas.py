@@ -59,7 +59,7 @@ def memory_read(x, key, kept, initial, scores, reader):
 
 
 def slot_softmax(q, k, log_decay, write, keys, scale, num_slots):
-    """(the scores of v, prod(a) ⊙ p, q·k for j <= i, prod(a) ⊙ Kmem q, p)"""
+    """(prod(a) ⊙ p, the scores of v, q·k for j <= i, prod(a) ⊙ Kmem q, p)"""
     scores = np.einsum("...ik,...jk->...ij", q, k)
     before = through(log_decay) * np.einsum("...ik,...mk->...im", q, keys)
     logits = scale * (before + np.einsum("...ij,...ijm->...im", scores, _weights(log_decay, write)))
@@ -67,7 +67,7 @@ def slot_softmax(q, k, log_decay, write, keys, scale, num_slots):
     p = np.exp(logits - logits.max(axis=-1, keepdims=True))
     p /= p.sum(axis=-1, keepdims=True)
     value_scores = np.einsum("...im,...ijm->...ij", p, _weights(log_decay, write))
-    return value_scores, through(log_decay) * p, np.tril(scores), before, p
+    return through(log_decay) * p, value_scores, np.tril(scores), before, p
 
 
 def slot_softmax_backward(d_out, v, log_decay, write, values, p, scale):

@@ -55,6 +55,14 @@ def test_outputs_and_gradients(run, op, sizes, kinds, options):
         assert_all_close(results, expected(op, arrays, cotangents, scale=0.1), TOLERANCE, gates)
 
 
+@pytest.mark.parametrize("gates", ["weak", "ordinary", "-20 everywhere"])
+def test_linear_attention_rounds_little_but_its_results(run, gates):
+    """Rounding an exact result to bfloat16 is an error of 1.66e-3; `out` has one more rounding, of its scores."""
+    arrays, cotangents = make_case(linear_attention, Sizes(1, 100, 1, 1, 128, 64, 0), gates=gates, dtype=jnp.bfloat16)
+    results = run(linear_attention, arrays, cotangents)
+    assert_all_close(results, expected(linear_attention, arrays, cotangents, scale=0.1), 2.8e-3, gates)
+
+
 def test_documents_with_write_derived(run):
     sizes, gates = Sizes(1, 101, 2, 1, 64, 128, 16), "runs of -20 and -1000"
     arrays, cotangents = make_case(slot_attention, sizes, gates=gates, dtype=jnp.float16)

@@ -58,6 +58,10 @@ class Operands:
         """Scores [B, T, H, 64] by the tokens of the chunk, zero for later ones."""
         return self.normal(B, T, H, SIZE) * np.tri(SIZE, dtype=self.dtype)[np.arange(T) % SIZE][:, None]
 
+    def scores_in_parts(self):
+        """The same, and what might be rounding's."""
+        return self.scores(), (self.scores() / 256).astype(self.dtype)
+
     def gates(self, num_heads=H):
         """Log decays as the parts hold them and write strengths, by chunks."""
         log_decay = by_chunks(self.parts.astype(np.float64).sum(0), num_heads)
@@ -74,6 +78,12 @@ def operands(request, interpreted):
 def check(results, references, names):
     results = dict(zip(names.split(), results, strict=True))
     assert_close(results, dict(zip(names.split(), references, strict=True)), TOLERANCE)
+
+
+def added(arrays, index):
+    """With the two parts of a number from that index on as their sum."""
+    first, second = (np.asarray(x, np.float64) for x in arrays[index : index + 2])
+    return [*arrays[:index], first + second, *arrays[index + 2 :]]
 
 
 def tokens(*arrays):
@@ -129,10 +139,10 @@ def test_memory_read(interpreted, operands, width, slots, options, monkeypatch):
     x, key = operands.normal(B, T, G, width), operands.normal(B, T, G, slots)
     kept = np.asarray(operands.rng.random((B, G, N, slots)), np.float32)
     initial = operands.normal(B, G, slots, width, dtype=np.float32)
-    scores, reader = operands.scores(), operands.normal(B, T, H, slots)
+    scores, reader = operands.scores_in_parts(), operands.normal(B, T, H, slots)
     with interpreted():
         results = memory_read(x, key, kept, initial, scores, reader, **options)
-    arrays = *heads(x, key), per_head(kept, H), per_head(initial, H), *heads(scores, reader)
+    arrays = *heads(x, key), per_head(kept, H), per_head(initial, H), sum(heads(*scores)), *heads(reader)
     out, *of_groups = formulas.memory_read(*arrays)
     expected = *tokens(out), *(state[:, :: H // G] for state in of_groups)
     check(results, expected[: len(results)], "out last states" if options else "out last")
@@ -146,7 +156,7 @@ def test_slot_softmax(interpreted, operands):
         results = slot_softmax(*arguments, residuals=True, **options)
         without = slot_softmax(*arguments, **options)
     expected = formulas.slot_softmax(*heads(q, k), *operands.gates(), per_head(keys, H), **options)
-    check(results, tokens(*expected), "value_scores reader qk before p")
+    check(added(results, 1), tokens(*expected), "reader value_scores qk before p")
     jax.tree.map(np.testing.assert_array_equal, tuple(without), tuple(results[:2]))
 
 
@@ -159,19 +169,20 @@ def test_slot_softmax_backward(interpreted, operands):
     expected = formulas.slot_softmax_backward(
         *heads(d_out, v), *operands.gates(), per_head(values, H), *heads(p), scale=SCALE
     )
-    check(results, tokens(*expected), "key_scores d_scores key value d_before ds")
+    check(added(results, 0), tokens(*expected), "key_scores d_scores key value d_before ds")
 
 
 def test_write_backward(interpreted, operands):
     memories = [
-        (operands.normal(B, T, G, D), operands.normal(B, T, H, D), operands.scores(), operands.normal(B, H, N, M, D))
+        (operands.normal(B, T, G, D), operands.normal(B, T, H, D), *operands.scores_in_parts(), d_state)
         for D in (K, V)
+        for d_state in [operands.normal(B, H, N, M, D)]
     ]
     key = operands.normal(B, T, G, M)
     with interpreted():
         results = write_backward(memories, key)
     expected = formulas.write_backward(
-        [(*heads(*memory), per_head(state, H)) for *memory, state in memories], *heads(key)
+        [(*added(heads(*memory), 2), per_head(state, H)) for *memory, state in memories], *heads(key)
     )
     check(results, tokens(*expected), "d_key dk dv")
 
