@@ -115,7 +115,7 @@ def of_pairs(reads, strength, parts, through, *, factors, work):
     Overwrites dy and prod(a) ⊙ H x of the reads. Before anything else, as it takes the most registers.
     """
 
-    def cumulative():  # Once more rather than in registers.
+    def cumulative():  # once more rather than in registers
         return decays.window_sum(through, parts)
 
     tiles.store_parts(strength() * jnp.exp(-cumulative()), factors)
