@@ -47,6 +47,7 @@ def test_python_blocks(code):
     exec(compile(code, "README.md", "exec"), {})
 
 
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
 def test_every_option_of_a_command_is_one_of_its_script(monkeypatch, capsys):
     for command in commands():
         _, _, script, *arguments = shlex.split(command)

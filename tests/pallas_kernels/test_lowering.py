@@ -48,7 +48,7 @@ def test_vmap():
     assert count_kernels(jax.vmap(slot_attention, in_axes=(axes,)), some) == FORWARD
 
 
-@pytest.mark.parametrize(("op", "kernels"), zip(OPS, (FORWARD + BACKWARD, 6), strict=True))
+@pytest.mark.parametrize(("op", "kernels"), list(zip(OPS, (FORWARD + BACKWARD, 6), strict=True)))
 def test_64_bit_integers(op, kernels):
     run = functools.partial(forward_and_backward, functools.partial(op, implementation="pallas"))
     with jax.enable_x64(True):
