@@ -153,7 +153,7 @@ def _names(rows: Iterable[dict[str, Any]]) -> list[str]:
 def _about_attention(rows) -> list[str]:
     if not any(by.startswith(("torch", "cudnn")) for by in _names(rows)):
         return []
-    return ["torch flash, cudnn: causal softmax attention over the same tokens and width, in heads of 128."]
+    return ["torch flash and cudnn, cudnn: causal softmax attention over the same tokens and width, in heads of 128."]
 
 
 def _title(result) -> str:

@@ -1,9 +1,9 @@
 """Times the peers: `python -m experiments.benchmarks.peers CASE... --out peers.json`.
 
-flash-linear-attention (Triton) on the same shapes, and PyTorch's flash attention over the same tokens at the same
-width, all in bfloat16. A process of its own, so that PyTorch and JAX don't share the GPU's memory; what it needs comes
-with `pip install -e ".[bench]"`. Times are taken as ours are. Every result is printed as a line of JSON as it comes;
-the file is what `experiments.benchmarks.ops --peers` reads.
+flash-linear-attention (Triton) on the same shapes, and PyTorch's causal attention (by flash attention and by cuDNN, its
+own choice on Hopper) over the same tokens at the same width, all in bfloat16. A process of its own, so that PyTorch and
+JAX don't share the GPU's memory; what it needs comes with `pip install -e ".[bench]"`. Times are taken as ours are.
+Every result is printed as a line of JSON as it comes; the file is what `experiments.benchmarks.ops --peers` reads.
 
 Triton compiles and tries many tile sizes on first use, minutes for an op. So a process for every kind of op compiles
 first, side by side; the process that measures then chooses the tile sizes, alone on the GPU.

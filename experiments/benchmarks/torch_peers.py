@@ -59,19 +59,23 @@ def results(op: str, scale: float, given: list[list[np.ndarray]]) -> list[dict[s
     return [attempt(functools.partial(run, arrays), Exception) for arrays in given]
 
 
-def flash_attention(shape: Shape) -> tuple[Callable, tuple]:
-    """PyTorch's flash attention, causal, and its inputs [B, H, T, D]."""
+def softmax_attention(backend: SDPBackend, shape: Shape) -> tuple[Callable, tuple]:
+    """PyTorch's causal attention by one of its backends, and its inputs [B, H, T, D]."""
     B, T, H, D = shape.attention
     inputs = _leaves(*(torch.randn(B, H, T, D, device="cuda") for _ in range(3)))
 
     def call():
-        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        with sdpa_kernel(backend):
             return torch.nn.functional.scaled_dot_product_attention(*inputs, is_causal=True)
 
     return call, inputs
 
 
-PEERS = {"fla": fla, "torch flash": flash_attention}
+PEERS = {
+    "fla": fla,
+    "torch flash": functools.partial(softmax_attention, SDPBackend.FLASH_ATTENTION),
+    "torch cudnn": functools.partial(softmax_attention, SDPBackend.CUDNN_ATTENTION),
+}
 
 
 def measure(peer: str, shape: Shape, *, repeats: int, seconds: float) -> dict[str, Any]:
