@@ -9,7 +9,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.tiles import SIZE, SQUARE, leave, transposed
+from pallas_kernels.tiles import SIZE, SQUARE, leave, load_parts, transposed
 
 
 def _channels(step):
@@ -61,6 +61,42 @@ def inner_products(arrays, pairs, width, pool, stages, arrived):
 
     def finish():
         return pl.run_scoped(accumulate, *[plgpu.ACC(SQUARE, jnp.float32)] * len(pairs))
+
+    return start, finish
+
+
+def sums(arrays, results, num_parts, pool, stages, arrived):
+    """Σ_p Σ_i arrays[i](p), float32 in registers, for each of the results, which name the i of theirs.
+
+    In two functions, as `inner_products`, by whose names the other arguments go.
+
+    Args:
+      arrays: functions that give the reference to a part of an array, [64, 64] each.
+      num_parts: how many parts there are.
+    """
+
+    def tile(slot, number):
+        return pool.at[len(arrays) * slot + number]
+
+    def request(part, slot):
+        for number, array in enumerate(arrays):
+            plgpu.copy_gmem_to_smem(array(part), tile(slot, number), arrived(slot))
+
+    def start(first=0, last=stages):
+        for part in range(first, min(last, num_parts)):
+            request(part, part)
+
+    def finish():
+        totals = [0.0] * len(results)
+        for part in range(num_parts):
+            slot = part % stages
+            plgpu.barrier_wait(arrived(slot))
+            found = [load_parts([tile(slot, i) for i in numbers]) for numbers in results]
+            plgpu.commit_smem()
+            if part + stages < num_parts:
+                request(part + stages, slot)
+            totals = [total + x for total, x in zip(totals, found, strict=True)]
+        return totals
 
     return start, finish
 

@@ -45,14 +45,14 @@ STRONGEST = -80.0
 MILDEST_RATE = -1.0
 """a token's log decay, on the average of a chunk, with which it still counts as mild"""
 LOG2_E = np.log2(np.e)
-THROUGH, AFTER = 0, 1
-"""the constant tiles: windows [i, j] of the tokens j through i, and of those after i"""
+THROUGH, AFTER, ALL = 0, 1, 2
+"""the constant tiles: windows [i, j] of the tokens j through i, of those after i, and of all"""
 
 
 def constant_tiles(dtype):
-    """[2, SIZE, SIZE]: the windows `THROUGH` and `AFTER`."""
+    """[3, SIZE, SIZE]: the windows `THROUGH`, `AFTER` and `ALL`."""
     i, j = np.indices(SQUARE)
-    return jnp.asarray(np.stack([j <= i, j > i]), dtype)
+    return jnp.asarray(np.stack([j <= i, j > i, j == j]), dtype)
 
 
 def level_tiles(dtype):

@@ -8,6 +8,9 @@ from jax import lax
 from pallas_kernels import decays, tiles
 from pallas_kernels.tiles import SIZE, SQUARE
 
+KEY, PARTS, WRITE = 0, 1, 3
+"""scratch tiles: of the write key, of log decays in parts or in two turns, of write strengths in two turns, if given"""
+
 
 def chunk_gates(log_decay, write, dtype, interpret=None):
     """Prepares the gates for the other kernels.
@@ -29,29 +32,45 @@ def chunk_gates(log_decay, write, dtype, interpret=None):
     batch_size, length, num_groups, num_slots = log_decay.shape
     num_chunks, num_blocks = pl.cdiv(length, SIZE), num_slots // SIZE
     operands = (log_decay,) if write is None else (log_decay, write)
+    given = write is not None
 
     def body(turn, pool, constants, arrived, kept, lowest, *refs):
         wide, refs = refs[: num_parts - 1], refs[num_parts - 1 :]
         log_decay_ref, *write_refs, parts_ref, key_ref, kept_ref, mild_ref = refs
-        b, gm, n = turn.chunk
-        g, m = lax.div(gm, num_blocks), lax.rem(gm, num_blocks)
-        slots = pl.ds(m * SIZE, SIZE)
-        here = (b, pl.ds(n * SIZE, SIZE), g, slots)
-        ones, key, write, *parts = (pool.at[i] for i in range(3 + num_parts))
-        (given,) = wide or parts
-        plgpu.copy_gmem_to_smem(log_decay_ref.at[here], given, arrived["all"])
-        for ref in write_refs:
-            plgpu.copy_gmem_to_smem(ref.at[here], write, arrived["all"])
-        plgpu.barrier_wait(arrived["all"])
-        rest = log_decay = jnp.maximum(tiles.load(given), decays.STRONGEST)
+
+        def arriving(step):
+            """Where log decays and write strengths of a turn arrive, and their barrier."""
+            slot = lax.rem(step, 2)
+            log_decays = wide[0].at[slot] if wide else pool.at[PARTS + slot]
+            return log_decays, pool.at[WRITE + slot], arrived["all"](slot)
+
+        def split(chunk):
+            b, gm, n = chunk
+            g, m = lax.div(gm, num_blocks), lax.rem(gm, num_blocks)
+            return b, g, n, m, (b, pl.ds(n * SIZE, SIZE), g, pl.ds(m * SIZE, SIZE))
+
+        def request(chunk, step):
+            *_, here = split(chunk)
+            log_decays, written, barrier = arriving(step)
+            plgpu.copy_gmem_to_smem(log_decay_ref.at[here], log_decays, barrier)
+            for ref in write_refs:
+                plgpu.copy_gmem_to_smem(ref.at[here], written, barrier)
+
+        pl.when(turn.step == 0)(lambda: request(turn.chunk, turn.step))
+        pl.when(~turn.is_last)(lambda: request(turn.following, turn.step + 1))
+        b, g, n, m, here = split(turn.chunk)
+        key, ones = pool.at[KEY], constants.at[decays.ALL]
+        log_decays, written, barrier = arriving(turn.step)
+        parts = [pool.at[PARTS + i] for i in range(num_parts)] if wide else [log_decays]
+        plgpu.barrier_wait(barrier)
+        rest = log_decay = jnp.maximum(tiles.load(log_decays), decays.STRONGEST)
         for part in parts:
             part[...] = rest.astype(dtype)
             rest -= rest.astype(dtype).astype(jnp.float32)
-        ones[...] = jnp.ones_like(log_decay).astype(dtype)
         plgpu.commit_smem()
         for i, part in enumerate(parts):
             plgpu.copy_smem_to_gmem(part, parts_ref.at[(i, *here)])
-        strength = tiles.load(write) if write_refs else decays.write_strength(log_decay)
+        strength = tiles.load(written) if write_refs else decays.write_strength(log_decay)
         key[...] = (strength * decays.gates_product(constants.at[decays.AFTER], parts)).astype(dtype)
         # Products with ones, since sums over the rows of a tile would go through memory that warpgroups share.
         kept[...] = jnp.exp(tiles.product(*((tiles.transposed(part), ones) for part in parts)).max(axis=1))
@@ -60,7 +79,7 @@ def chunk_gates(log_decay, write, dtype, interpret=None):
         is_mild = lowest[0] >= decays.mildest(length - n * SIZE, dtype)
         mild_ref[b, g, n, m] = is_mild.astype(jnp.int32)
         plgpu.copy_smem_to_gmem(key, key_ref.at[here])
-        plgpu.copy_smem_to_gmem(kept, kept_ref.at[b, g, n, slots])
+        plgpu.copy_smem_to_gmem(kept, kept_ref.at[b, g, n, pl.ds(m * SIZE, SIZE)])
 
     parts, key, kept, mild = tiles.chunk_kernel(
         "chunk_gates",
@@ -71,10 +90,10 @@ def chunk_gates(log_decay, write, dtype, interpret=None):
         ((batch_size, num_groups, num_chunks, num_blocks), jnp.int32),
         shape=(batch_size, num_groups * num_blocks, num_chunks),
         dtype=dtype,
-        tiles=3 + num_parts,
-        constants=2,
-        floats=[(SIZE,), (SIZE,), *[SQUARE] * (num_parts - 1)],
-        arrivals={"all": 1 + (write is not None)},
+        tiles=PARTS + 2 * (1 + given),
+        constants=3,
+        floats=[(SIZE,), (SIZE,), *[(2, *SQUARE)] * (num_parts - 1)],
+        arrivals={"all": (2, 1 + given)},
         warpgroups=4,
         interpret=interpret,
     )(decays.constant_tiles(dtype), *operands)

@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import arguments
+from pallas_kernels import arguments, key_read, slots
 from pallas_kernels.arguments import over_heads, pad_tokens, to_first_head
 from pallas_kernels.gates import chunk_gates
 from pallas_kernels.gates_backward import gates_backward
@@ -38,10 +38,10 @@ def gated_slot_attention(q, k, v, log_decay, write, keys, values, *, scale):
       keys, values: the states that the first token finds, [B, G, M, K], [B, G, M, V] in float32.
     """
     length, num_slots = log_decay.shape[1], log_decay.shape[3]
-    slots = -num_slots % SIZE
+    padding = -num_slots % SIZE
     q, k, v, log_decay, write = pad_tokens(q, k, v, log_decay, write)
-    log_decay, write = (x if x is None else jnp.pad(x, ((0, 0),) * 3 + ((0, slots),)) for x in (log_decay, write))
-    keys, values = (jnp.pad(x, ((0, 0), (0, 0), (0, slots), (0, 0))) for x in (keys, values))
+    log_decay, write = (x if x is None else jnp.pad(x, ((0, 0),) * 3 + ((0, padding),)) for x in (log_decay, write))
+    keys, values = (jnp.pad(x, ((0, 0), (0, 0), (0, padding), (0, 0))) for x in (keys, values))
     arrays = vary_alike(q, k, v, log_decay, write, keys, values)
     out, keys, values = _attention(*arrays, scale, num_slots)
     return out[:, :length], keys[:, :, :num_slots], values[:, :, :num_slots]
@@ -54,9 +54,15 @@ def _attention(q, k, v, log_decay, write, keys, values, scale, num_slots):
 
 def _forward(q, k, v, log_decay, write, keys, values, scale, num_slots, residuals=True):
     parts, key, kept, mild = chunk_gates(log_decay, write, q.dtype)
-    key_states, last_keys = chunk_states(k, key, kept, keys)
+    key_states = None
+    if not residuals and key_read.pays(q, key):
+        products, last_keys = key_read.key_read(q, k, key, kept, keys)
+        source = slots.added(products)
+    else:
+        key_states, last_keys = chunk_states(k, key, kept, keys)
+        source = slots.multiplied(q, k, key_states)
     reading, scores, *read = slot_softmax(
-        q, k, parts, mild, write, key_states, scale=scale, num_slots=num_slots, residuals=residuals
+        source, parts, mild, write, scale=scale, num_slots=num_slots, residuals=residuals
     )
     out, last_values, *value_states = memory_read(v, key, kept, values, [scores], reading, states=residuals)
     gates = (jnp.zeros((), log_decay.dtype), write, parts, key, kept, mild)

@@ -9,7 +9,7 @@ from pallas_kernels import decays, slots, tiles
 from pallas_kernels.tiles import SIZE
 
 
-def slot_softmax(q, k, parts, mild, write, keys, *, scale, num_slots, residuals=False, interpret=None):
+def slot_softmax(source, parts, mild, write, *, scale, num_slots, residuals=False, interpret=None):
     """How the value memory is to be read, from the key memory's states that enter the chunks.
 
         p_i = softmax(scale · (prod(a[first..i]) ⊙ Kmem q_i  +  Σ_{j<=i} (q_i·k_j) w_j ⊙ D_ij))
@@ -17,11 +17,9 @@ def slot_softmax(q, k, parts, mild, write, keys, *, scale, num_slots, residuals=
         o_i = Vmemᵀ (prod(a[first..i]) ⊙ p_i)  +  Σ_{j<=i} S_ij v_j                             by `memory_read`
 
     Args:
-      q: [B, T, H, K], two-byte; K is a multiple of 64.
-      k: [B, T, G, K].
+      source: of q·k and Kmem q: `slots.multiplied(q, k, states)` or `slots.added(products)`.
       parts, mild: [P, B, T, G, M] and [B, G, N, M / 64], log decays from `gates.chunk_gates`.
       write: [B, T, G, M] or None for 1 - exp(log decay).
-      keys: [B, G, N, M, K], the states that enter the chunks; M is a multiple of 64.
       num_slots: how many slots count; the others are padding.
       residuals: whether to return what the backward pass wants, too.
 
@@ -54,9 +52,9 @@ def slot_softmax(q, k, parts, mild, write, keys, *, scale, num_slots, residuals=
             if residual_refs:
                 leaving.save(x, p_ref.at[*here, block.slots])
 
-    padded = keys.shape[3]
+    padded = parts.shape[-1]
     outputs = [padded, SIZE] + [SIZE, SIZE, padded, padded] * residuals
-    return slots.row_read("slot_softmax", rest, q, k, keys, parts, mild, write, outputs=outputs, interpret=interpret)
+    return slots.row_read("slot_softmax", rest, source, parts, mild, write, outputs=outputs, interpret=interpret)
 
 
 def softmax(logits, num_slots):

@@ -51,7 +51,8 @@ def slot_softmax_backward(d_out, v, parts, mild, write, values, p, *, scale, int
     return slots.row_read(
         "slot_softmax_backward",
         rest,
-        *(d_out, v, values, parts, mild, write),
+        slots.multiplied(d_out, v, values),
+        *(parts, mild, write),
         outputs=[SIZE] * 3 + [num_slots] * 4,
         beside=p,
         interpret=interpret,

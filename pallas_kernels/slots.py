@@ -75,42 +75,87 @@ class Chunk(NamedTuple):
     """to be called when scores and pairs are not needed any more, all threads having met since"""
 
 
-def row_read(name, rest, x, y, states, parts, mild, write, *, outputs, beside=None, interpret=None):
-    """A kernel that multiplies, over all channels, a chunk's tokens with each other and with the state that enters.
+class Source(NamedTuple):
+    """Where `row_read` has a chunk's `products` from."""
 
-    `rest(chunk, *output_refs)` does with a `Chunk` what else there is to do. The next chunk's tiles are asked for while
-    it does so: channels right away where gates are mild, as the levels of others need those tiles, gates in the end.
+    operands: tuple[jax.Array, ...]
+    num_heads: int
+    width: int
+    """channels that are gone over"""
+    in_stage: int
+    """tiles that come together"""
+    of_chunk: Callable
+    """from a chunk, references to the operands, tiles and barriers to what `columns.over_turns` wants of it"""
+
+
+def multiplied(x, y, states):
+    """Products that `row_read` makes: of a chunk's tokens with each other and with the state that enters.
 
     Args:
       x: [B, T, H, D], two-byte; D is a multiple of 64.
       y: [B, T, G, D].
       states: [B, G, N, M, D], M a multiple of 64.
+    """
+    num_heads, width = x.shape[2:]
+    per_head = num_heads // y.shape[2]
+    blocks = ranges(states.shape[3])
+    pairs = [(0, 1 + i) for i in range(1 + len(blocks))]
+
+    def of_chunk(chunk, refs, pool, arrived):
+        x_ref, y_ref, states_ref = refs
+        b, h, n = chunk
+        g, tokens = lax.div(h, per_head), pl.ds(n * SIZE, SIZE)
+        arrays = [
+            lambda channels: x_ref.at[b, tokens, h, channels],
+            lambda channels: y_ref.at[b, tokens, g, channels],
+            *(lambda channels, block=block: states_ref.at[b, g, n, block, channels] for block in blocks),
+        ]
+        return columns.inner_products(arrays, pairs, width, pool, STAGES, arrived)
+
+    return Source((x, y, states), num_heads, width, 2 + len(blocks), of_chunk)
+
+
+def added(products):
+    """Products with 64 slots that `key_read` made, [P · 3, B, T, H, 64]: of every part x in two parts, and s."""
+    num_parts, num_heads = products.shape[0] // 3, products.shape[3]
+
+    def of_chunk(chunk, refs, pool, arrived):
+        b, h, n = chunk
+        (products_ref,) = refs
+        tokens = pl.ds(n * SIZE, SIZE)
+        arrays = [lambda part, i=i: products_ref.at[3 * part + i, b, tokens, h] for i in range(3)]
+        return columns.sums(arrays, [(2,), (0, 1)], num_parts, pool, STAGES, arrived)
+
+    return Source((products,), num_heads, 0, 3, of_chunk)
+
+
+def row_read(name, rest, source, parts, mild, write, *, outputs, beside=None, interpret=None):
+    """A kernel that reads a memory, by the products of a chunk's tokens with each other and with the state that enters.
+
+    `rest(chunk, *output_refs)` does with a `Chunk` what else there is to do. The next chunk's tiles are asked for while
+    it does so: those of products right away where gates are mild, as the levels of others need them, gates in the end.
+
+    Args:
+      source: of the products.
       parts, mild: [P, B, T, G, M] and [B, G, N, M / 64], log decays from `gates.chunk_gates`.
       write: [B, T, G, M] or None for 1 - exp(log decay).
       outputs: their last axes, the others are [B, T, H].
       beside: [B, T, H, M], which comes with the gates, or None.
     """
-    batch_size, length, num_heads, width = x.shape
-    per_head = num_heads // y.shape[2]
-    num_parts, dtype = parts.shape[0], x.dtype
-    own = scratch(states.shape[3])
-    blocks = [block.slots for block in own.blocks]
+    num_parts, batch_size, length, num_groups, num_slots = parts.shape
+    num_heads, dtype = source.num_heads, parts.dtype
+    per_head = num_heads // num_groups
+    own = scratch(num_slots)
     optional = [write, beside]
 
-    def body(turn, pool, constants, arrived, x_ref, y_ref, states_ref, levels_ref, mild_ref, parts_ref, *refs):
+    def body(turn, pool, constants, arrived, *refs):
         refs = list(refs)
+        sources = [refs.pop(0) for _ in source.operands]
+        levels_ref, mild_ref, parts_ref = (refs.pop(0) for _ in range(3))
         write_refs, beside_refs = ([refs.pop(0)] if array is not None else [] for array in optional)
 
         def products(chunk):
-            b, h, n = chunk
-            g, tokens = lax.div(h, per_head), pl.ds(n * SIZE, SIZE)
-            arrays = [
-                lambda channels: x_ref.at[b, tokens, h, channels],
-                lambda channels: y_ref.at[b, tokens, g, channels],
-                *(lambda channels, block=block: states_ref.at[b, g, n, block, channels] for block in blocks),
-            ]
-            pairs = [(0, 1 + i) for i in range(1 + len(blocks))]
-            return columns.inner_products(arrays, pairs, width, pool, STAGES, arrived["step"])
+            return source.of_chunk(chunk, sources, pool, arrived["step"])
 
         def request_gates(chunk):
             b, h, n = chunk
@@ -128,7 +173,7 @@ def row_read(name, rest, x, y, states, parts, mild, write, *, outputs, beside=No
         finish, follow = columns.over_turns(turn, products, early=STAGES - 1)
         b, h, n = turn.chunk
         g = lax.div(h, per_head)
-        mild = functools.reduce(operator.and_, [mild_ref[b, g, n, i] > 0 for i in range(len(blocks))])
+        mild = functools.reduce(operator.and_, [mild_ref[b, g, n, i] > 0 for i in range(len(own.blocks))])
         plgpu.barrier_wait(arrived["gates"])
 
         def pairs(block):
@@ -161,18 +206,18 @@ def row_read(name, rest, x, y, states, parts, mild, write, *, outputs, beside=No
         name,
         body,
         *[((batch_size, length, num_heads, size), dtype) for size in outputs],
-        shape=(batch_size, num_heads, states.shape[2]),
+        shape=(batch_size, num_heads, mild.shape[2]),
         dtype=dtype,
         tiles=own.total,
         constants=1,
-        width=width,
+        width=source.width,
         arrivals={
-            "step": (STAGES, 2 + len(blocks)),
+            "step": (STAGES, source.in_stage),
             **decays.Levels.ARRIVALS,
-            "gates": len(blocks) * (num_parts + len(given)),
+            "gates": len(own.blocks) * (num_parts + len(given)),
         },
         interpret=interpret,
-    )(decays.constant_tiles(dtype), x, y, states, decays.level_tiles(dtype), mild, parts, *given)
+    )(decays.constant_tiles(dtype), *source.operands, decays.level_tiles(dtype), mild, parts, *given)
 
 
 class Leaving:

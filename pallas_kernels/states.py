@@ -7,7 +7,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import tiles
+from pallas_kernels import decays, tiles
 from pallas_kernels.sizes import choose, multiprocessors
 from pallas_kernels.tiles import ROWS, SIZE, SQUARE
 
@@ -58,31 +58,50 @@ def states_of_segments(name, x, key, kept, initial, programs, reverse=False):
       programs: blocks that walk through each segment.
     """
     num_chunks = kept.shape[2]
-    rule = min(pl.cdiv(num_chunks, SHORTEST_SEGMENT), PROGRAMS * multiprocessors() // programs)
-    rule = rule if rule >= FEWEST_SEGMENTS else 1
+    rule = most_segments(num_chunks, programs)
     options = (2**i for i in range(pl.cdiv(num_chunks, SHORTEST_SEGMENT).bit_length()))
     num_segments = choose(f"{name} segments", (programs, num_chunks, *initial.shape[2:]), rule, options)
     initial = initial[:, :, None]
     if num_segments == 1:
         return initial
     num_segments = pl.cdiv(num_chunks, pl.cdiv(num_chunks, num_segments))  # without empty ones
-    zeros = jnp.broadcast_to(jnp.zeros_like(initial), (*initial.shape[:2], num_segments, *initial.shape[3:]))
-    (added,) = _segments(x, key, kept, zeros, reverse=reverse, only_last=True)
-    return _between_segments(added, kept, initial, pl.cdiv(num_chunks, num_segments), reverse)
+    segment = pl.cdiv(num_chunks, num_segments)
+    padded = jnp.pad(kept, ((0, 0), (0, 0), (0, -num_chunks % segment), (0, 0)), constant_values=1.0)
+    by_segment = padded.reshape(*kept.shape[:2], num_segments, segment, kept.shape[3])
+    before_others = (*initial.shape[:2], num_segments - 1, *initial.shape[3:])
+    zeros = jnp.broadcast_to(jnp.zeros_like(initial), before_others)
+    (added,) = _segments(x, key, kept, zeros, reverse=reverse, skip=_forgotten(by_segment, reverse))
+    return _between_segments(added, by_segment.prod(axis=3), initial, reverse)
 
 
-def _between_segments(added, kept, initial, segment, reverse):
-    """The states [B, H, S, M, D] that enter the segments, from what each segment adds."""
-    batch_size, num_heads, num_segments, *_ = added.shape
-    kept = jnp.pad(kept, ((0, 0), (0, 0), (0, -kept.shape[2] % segment), (0, 0)), constant_values=1.0)
-    kept = kept.reshape(batch_size, -1, num_segments, segment, kept.shape[-1]).prod(axis=3)
+def most_segments(num_chunks, programs):
+    """Into how many segments so many chunks go by the rule, 1 if that does not pay, `programs` as above."""
+    most = min(pl.cdiv(num_chunks, SHORTEST_SEGMENT), PROGRAMS * multiprocessors() // programs)
+    return most if most >= FEWEST_SEGMENTS else 1
+
+
+def _forgotten(kept, reverse):
+    """How many chunks of each segment, the first in time, leave nothing in any slot at its end.
+
+    Args:
+      kept: [B, G, S, chunks, M].
+
+    Returns:
+      int32 [B, G, S]
+    """
+    logs = jnp.log(jnp.maximum(kept, jnp.finfo(jnp.float32).tiny))
+    left = lax.cumsum(logs, axis=3, reverse=not reverse) - logs
+    return jnp.sum(left.max(axis=-1) < decays.STRONGEST, axis=3, dtype=jnp.int32)
+
+
+def _between_segments(added, kept, initial, reverse):
+    """The states [B, H, S, M, D] that enter the segments, from what each but the last one in time adds and all keep."""
+    _, num_heads, num_others, *_ = added.shape
     kept = jnp.repeat(kept, num_heads // kept.shape[1], axis=1)[..., None]
-    order = range(num_segments)[::-1] if reverse else range(num_segments)
-    states, state = {}, initial[:, :, 0]
-    for s in order:
-        states[s] = state
-        state = kept[:, :, s] * state + added[:, :, s]
-    return jnp.stack([states[s] for s in range(num_segments)], axis=2)
+    states = [initial[:, :, 0]]
+    for i in range(num_others)[:: -1 if reverse else 1]:
+        states.append(kept[:, :, i + reverse] * states[-1] + added[:, :, i])
+    return jnp.stack(states[:: -1 if reverse else 1], axis=2)
 
 
 def _block(width):
@@ -90,24 +109,32 @@ def _block(width):
     return 128 if width % 128 == 0 else 64
 
 
-def _segments(x, key, kept, initial, *, other=None, reverse=False, only_last=False, interpret=None):
-    """`chunk_states` of S segments, each from its own initial state [B, H, S, M, D]."""
+def _segments(x, key, kept, initial, *, other=None, reverse=False, skip=None, interpret=None):
+    """`chunk_states` of S segments, each from its own initial state [B, H, S, M, D].
+
+    With `skip`, [B, G, S + 1], no states but the last ones, of those segments that another follows in time, and without
+    so many of each one's chunks, the first in time.
+    """
+    only_added = skip is not None
     num_heads, num_slots, width = x.shape[2], key.shape[-1], x.shape[-1]
     batch_size, num_groups, num_chunks, _ = kept.shape
     block, num_segments = _block(width), initial.shape[2]
-    segment = pl.cdiv(num_chunks, num_segments)
+    segment = pl.cdiv(num_chunks, num_segments + only_added)
     num_blocks = width // block
-    operands = (x, key, kept, initial) if other is None else (x, key, kept, initial, other)
+    optional = [skip, other]
     leaving = 1 if other is None else 2  # copies of a step to memory
 
     def body(x_ref, key_ref, kept_ref, initial_ref, *refs):
-        other_refs, outputs = refs[: len(operands) - 4], refs[len(operands) - 4 :]
-        (last_ref, states_refs, dots_refs) = (outputs[0], outputs[1:2], outputs[2:])
+        refs = list(refs)
+        skip_refs, other_refs = ([refs.pop(0)] if array is not None else [] for array in optional)
+        last_ref, states_refs, dots_refs = refs[0], refs[1:2], refs[2:]
         bh, m, d, s = (lax.axis_index(name) for name in ("bh", "m", "d", "s"))
-        first = s * segment
-        steps = lax.min(num_chunks - first, segment)
         b, h = lax.div(bh, num_heads), lax.rem(bh, num_heads)
         g = lax.div(h, num_heads // num_groups)
+        in_time = s + (only_added and reverse)
+        skipped = sum(ref[b, g, in_time] for ref in skip_refs)
+        first = in_time * segment + (0 if reverse else skipped)
+        steps = lax.min(num_chunks - first, segment - skipped)
         rows, columns = pl.ds(m * SIZE, SIZE), pl.ds(d * block, block)
 
         def chunk(step):
@@ -183,7 +210,7 @@ def _segments(x, key, kept, initial, *, other=None, reverse=False, only_last=Fal
         pl.run_scoped(functools.partial(last_state, state), full)
 
     outputs = [((batch_size, num_heads, num_segments, num_slots, width), jnp.float32)]
-    if not only_last:
+    if not only_added:
         outputs.append(((batch_size, num_heads, num_chunks, num_slots, width), x.dtype))
     if other is not None:
         outputs.append(((batch_size, num_heads, num_chunks, num_blocks, num_slots), jnp.float32))
@@ -193,5 +220,5 @@ def _segments(x, key, kept, initial, *, other=None, reverse=False, only_last=Fal
         *outputs,
         grid={"bh": batch_size * num_heads, "s": num_segments, "m": num_slots // SIZE, "d": num_blocks},
         interpret=interpret,
-    )(*operands)
-    return (last,) if only_last else (others[0], last, *others[1:])
+    )(x, key, kept, initial, *(array for array in optional if array is not None))
+    return (last,) if only_added else (others[0], last, *others[1:])

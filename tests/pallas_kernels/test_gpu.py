@@ -12,6 +12,7 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
+from pallas_kernels.sizes import trial
 from tests.helpers import rel_err
 from tests.ops import cases
 from tests.ops.cases import Sizes, expected, linear_attention, outputs_and_gradients, slot_attention
@@ -80,6 +81,17 @@ def test_write_given(gates):
 def test_a_sharp_softmax():
     """Logits of ten: rounding q·k and p to bfloat16 shows. In the interpreter 1.3e-2, 0.5e-2 in the chunked form."""
     check_case(slot_attention, make_case(slot_attention, GROUPED), scale=1.0, tolerance=1.5e-2)
+
+
+@pytest.mark.parametrize("chosen", [0, 1])
+@pytest.mark.parametrize("gates", GATES)
+def test_without_gradients(gates, chosen):
+    """Where `key_read` may read the keys."""
+    arrays, _ = case = make_case(slot_attention, GROUPED._replace(K=512), gates=gates)
+    reference, _ = expected(slot_attention, *case, scale=SCALE)
+    with trial({f"key_read {GROUPED.B * GROUPED.H}x6x512": chosen}):
+        op = jax.jit(functools.partial(slot_attention, scale=SCALE), static_argnames="implementation")
+        check(lambda name: op(arrays, implementation=name), reference)
 
 
 def test_documents():

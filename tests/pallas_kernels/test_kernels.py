@@ -8,10 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import decays, states
+from pallas_kernels import decays, slots, states
+from pallas_kernels import key_read as key_read_module
 from pallas_kernels import memory_read as memory_read_module
 from pallas_kernels.gates import chunk_gates
 from pallas_kernels.gates_backward import gates_backward
+from pallas_kernels.key_read import key_read
 from pallas_kernels.memory_read import memory_read
 from pallas_kernels.slot_softmax import slot_softmax
 from pallas_kernels.slot_softmax_backward import slot_softmax_backward
@@ -102,14 +104,16 @@ def test_chunk_gates(operands):
     np.testing.assert_array_equal(operands.mild[0, 0, :, 0], [1, 0, 0])
 
 
-@pytest.mark.parametrize("segments", [1, 2])
+@pytest.mark.parametrize(("segments", "forgets"), [(1, False), (2, False), (2, True)])
 @pytest.mark.parametrize("reverse", [False, True])
-def test_chunk_states(interpreted, operands, reverse, segments, monkeypatch):
+def test_chunk_states(interpreted, operands, reverse, segments, forgets, monkeypatch):
+    """The last of these forget all in each chunk but the first: what is before it in its segment need not be read."""
     monkeypatch.setattr(states, "SHORTEST_SEGMENT", pl.cdiv(N, segments))
     monkeypatch.setattr(states, "FEWEST_SEGMENTS", 2)
     heads_of_x = H if reverse else G
     x, key = operands.normal(B, T, heads_of_x, V), operands.normal(B, T, heads_of_x, M)
     kept = np.asarray(operands.rng.random((B, G, N, M)), np.float32)
+    kept[:, :, 1:] *= 1e-36 if forgets else 1
     initial = operands.normal(B, heads_of_x, M, V, dtype=np.float32)
     other = operands.normal(B, G, N, M, V) if reverse else None
     with interpreted():
@@ -121,6 +125,19 @@ def test_chunk_states(interpreted, operands, reverse, segments, monkeypatch):
     check((before, last), (expected_before, expected_last), "before last")
     if reverse:
         check([dots[0].sum(3)], [(expected_before * per_head(other, H)).sum(-1)], "dot")
+
+
+def test_chunks_that_leave_nothing():
+    kept = np.ones((1, 1, 3, 4, 2), np.float32)
+    kept[0, 0, 0, 2] = 0, 1e-36  # all slots of the first segment forget in its third chunk, one of the second
+    kept[0, 0, 1, 2, 0] = 0
+    kept[0, 0, 2, :, 0], kept[0, 0, 2, 0, 1], kept[0, 0, 2, 3, 1] = 1e-12, 1e-20, 1e-20  # the third's by and by
+    np.testing.assert_array_equal(states._forgotten(kept, reverse=False)[0, 0], [2, 0, 0])
+    np.testing.assert_array_equal(states._forgotten(kept, reverse=True)[0, 0], [1, 0, 0])
+    kept[0, 0, 2, 3, 1] = 1e-36
+    np.testing.assert_array_equal(states._forgotten(kept, reverse=False)[0, 0], [2, 0, 1])
+    kept[0, 0, 2, 3, 0] = 1e-36
+    np.testing.assert_array_equal(states._forgotten(kept, reverse=False)[0, 0], [2, 0, 3])
 
 
 @pytest.mark.parametrize(
@@ -148,9 +165,27 @@ def test_memory_read(interpreted, operands, width, slots, options, monkeypatch):
     check(results, expected[: len(results)], "out last states" if options else "out last")
 
 
+@pytest.mark.parametrize("segments", [1, 2])
+def test_key_read(interpreted, operands, segments, monkeypatch):
+    monkeypatch.setattr(states, "SHORTEST_SEGMENT", pl.cdiv(N, segments))
+    monkeypatch.setattr(states, "FEWEST_SEGMENTS", 2)
+    monkeypatch.setattr(key_read_module, "WARPGROUPS", 2)  # more than cores may deadlock here
+    monkeypatch.setattr(key_read_module, "BLOCK", 2 * SIZE)
+    q, k, key = (operands.normal(B, T, heads, size) for heads, size in ((H, 4 * SIZE), (G, 4 * SIZE), (G, M)))
+    kept = np.asarray(operands.rng.random((B, G, N, M)), np.float32)
+    initial = operands.normal(B, G, M, 4 * SIZE, dtype=np.float32)
+    with interpreted():
+        products, last = key_read(q, k, key, kept, initial)
+    before, expected_last = formulas.chunk_states(*heads(k, key), per_head(kept, H), per_head(initial, H))
+    x, s = (np.einsum("...id,...jd->...ij", *pair) for pair in ((heads(q)[0], before), heads(q, k)))
+    by_kind = np.asarray(products, np.float64).reshape(2, 3, *products.shape[1:]).sum(0)
+    results = by_kind[0] + by_kind[1], by_kind[2], last
+    check(results, (*tokens(x, s), expected_last[:, :: H // G]), "x s last")
+
+
 def test_slot_softmax(interpreted, operands):
     q, k, keys = operands.normal(B, T, H, K), operands.normal(B, T, G, K), operands.normal(B, G, N, M, K)
-    arguments = q, k, operands.parts, operands.mild, operands.write, keys
+    arguments = slots.multiplied(q, k, keys), operands.parts, operands.mild, operands.write
     options = {"scale": SCALE, "num_slots": NUM_SLOTS}
     with interpreted():
         results = slot_softmax(*arguments, residuals=True, **options)
@@ -158,6 +193,23 @@ def test_slot_softmax(interpreted, operands):
     expected = formulas.slot_softmax(*heads(q, k), *operands.gates(), per_head(keys, H), **options)
     check(added(results, 1), tokens(*expected), "reader value_scores qk before p")
     jax.tree.map(np.testing.assert_array_equal, tuple(without), tuple(results[:2]))
+
+
+def test_slot_softmax_of_products(interpreted, operands):
+    """As `key_read` leaves them: for both halves of the channels of the state, in two parts, and of the chunk."""
+    q, k, keys = operands.normal(B, T, H, K), operands.normal(B, T, G, K), operands.normal(B, G, N, M, K)
+    products = []
+    for channels in slice(0, K // 2), slice(K // 2, K):
+        states, x, y = per_head(keys, H)[..., channels], *heads(q[..., channels], k[..., channels])
+        x, s = tokens(*(np.einsum("...id,...jd->...ij", x, other) for other in (states, y)))
+        rounded = x.astype(operands.dtype)
+        products += [rounded, (x - rounded).astype(operands.dtype), s.astype(operands.dtype)]
+    options = {"scale": SCALE, "num_slots": NUM_SLOTS}
+    with interpreted():
+        source = slots.added(np.stack(products))
+        results = slot_softmax(source, operands.parts, operands.mild, operands.write, **options)
+    expected = formulas.slot_softmax(*heads(q, k), *operands.gates(), per_head(keys, H), **options)
+    check(results, tokens(*expected)[:2], "reader value_scores")
 
 
 def test_slot_softmax_backward(interpreted, operands):
