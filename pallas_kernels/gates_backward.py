@@ -24,7 +24,8 @@ def gates_backward(reads, parts, mild, write, d_key, d_kept, *, out_dtype, inter
     precision; the sum takes two parts as well.
 
     Args:
-      reads: two of (A, for j <= i and by the tokens of the chunk [B, T, H, 64], prod(a) ⊙ H x, dy [B, T, H, M]).
+      reads: two of (A, for j <= i and by the tokens of the chunk [B, T, H, 64], prod(a) ⊙ H x, dy [B, T, H, M]); dy of
+        the second one are probabilities, packed by `tiles.pack_probabilities`.
       parts, mild: [P, B, T, G, M] and [B, G, N, M / 64], log decays from `gates.chunk_gates`.
       write: [B, T, G, M], or None for 1 - exp(log decay), whose gradient then is in that of the log decays.
       d_key: [B, T, H, M], gradient of the write key at its chunk's end.
@@ -62,7 +63,10 @@ def gates_backward(reads, parts, mild, write, d_key, d_kept, *, out_dtype, inter
         plgpu.barrier_wait(arrived["all"])
 
         def reads(r):
-            return pool.at[SCORES + r], pool.at[DY + r], pool.at[WORK + r]
+            """Tiles of a read's scores and of prod(a) ⊙ H x and dy, and dy in registers."""
+            dy = pool.at[DY + r]
+            value = lax.cond(r == 0, lambda: tiles.load(dy), lambda: tiles.load_probabilities(dy))
+            return pool.at[SCORES + r], (pool.at[WORK + r], dy), value
 
         def strength():
             return tiles.load(written) if given else decays.write_strength(tiles.load_parts(parts))
@@ -75,7 +79,7 @@ def gates_backward(reads, parts, mild, write, d_key, d_kept, *, out_dtype, inter
 
         def by_halving():
             written[...] = strength().astype(dtype)
-            since_start = sum(tiles.load(before) * tiles.load(dy) for _, dy, before in map(reads, range(2)))
+            since_start = sum(tiles.load(before) * dy for _, (before, _), dy in map(reads, range(2)))
             gradients = through_key(tiles.sums(through, since_start, work[:2]), 0.0)
             return of_pairs_by_halving(reads, levels, written, pool.at[WORK], *gradients)
 
@@ -122,9 +126,8 @@ def of_pairs(reads, strength, parts, through, *, factors, work):
 
     def one_read(r, carry):
         d_later, d_earlier = carry
-        scores, *later = reads(r)
-        dy, before = map(tiles.load, later)
-        d_later += before * dy
+        scores, later, dy = reads(r)
+        d_later += tiles.load(later[0]) * dy
         tiles.store_parts(dy * jnp.exp(cumulative()), later)
         plgpu.commit_smem()
         d_later += tiles.load_parts(later) * tiles.product(*((scores, part) for part in factors))
@@ -146,11 +149,11 @@ def of_pairs_by_halving(reads, levels, write, later, d_log_decay, d_write):
         d_log_decay, d_write = carry
         factors[...] = jnp.where(decays.in_later_half(index), factor, tiles.load(write) * factor).astype(dtype)
         d_later, d_earlier = 0.0, 0.0
-        for scores, dy, _ in map(reads, range(2)):
+        for scores, _, dy in map(reads, range(2)):
             across[...] = levels.at(index, tiles.load(scores, dtype))
-            later[...] = (factor * tiles.load(dy)).astype(dtype)
+            later[...] = (factor * dy).astype(dtype)
             plgpu.commit_smem()
-            d_later += tiles.load(dy) * tiles.product((across, factors))
+            d_later += dy * tiles.product((across, factors))
             d_earlier += tiles.product((tiles.transposed(across), later))
             plgpu.commit_smem()
         # d_later is zero in earlier halves, d_earlier in later ones.
@@ -158,6 +161,6 @@ def of_pairs_by_halving(reads, levels, write, later, d_log_decay, d_write):
         return d_log_decay + tiles.sums(levels.window(index), change, (across, later)), d_write + factor * d_earlier
 
     d_log_decay, d_write = levels.fold(one_level, (d_log_decay, d_write))
-    for scores, dy, _ in map(reads, range(2)):
-        d_write += levels.own(tiles.load(scores)) * tiles.load(dy)
+    for scores, _, dy in map(reads, range(2)):
+        d_write += levels.own(tiles.load(scores)) * dy
     return d_log_decay, d_write

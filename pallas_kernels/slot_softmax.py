@@ -25,7 +25,7 @@ def slot_softmax(source, parts, mild, write, *, scale, num_slots, residuals=Fals
 
     Returns:
       (prod(a) ⊙ p [B, T, H, M], S [B, T, H, 64] by the tokens of the chunk), with `residuals` also (what rounding took
-      from S, q·k for j <= i like S, prod(a) ⊙ Kmem q and p [B, T, H, M]).
+      from S, q·k for j <= i like S, prod(a) ⊙ Kmem q and p [B, T, H, M] as `tiles.pack_probabilities` has it).
     """
 
     def rest(chunk, reader_ref, value_scores_ref, *residual_refs):
@@ -50,7 +50,7 @@ def slot_softmax(source, parts, mild, write, *, scale, num_slots, residuals=Fals
         for block, x, of_block in zip(chunk.blocks, p, pairs, strict=True):
             leaving.save(x * of_block.through, reader_ref.at[*here, block.slots])
             if residual_refs:
-                leaving.save(x, p_ref.at[*here, block.slots])
+                leaving.save(tiles.pack_probabilities(x, p_ref.dtype), p_ref.at[*here, block.slots])
 
     padded = parts.shape[-1]
     outputs = [padded, SIZE] + [SIZE, SIZE, padded, padded] * residuals

@@ -16,8 +16,8 @@ def slot_softmax_backward(d_out, v, parts, mild, write, values, p, *, scale, int
         dq_i = Kmemᵀ (prod(a[first..i]) ⊙ ds_i)  +  Σ_{j<=i} A_ij k_j       by `memory_read`
 
     Args:
-      d_out: [B, T, H, V]; p: [B, T, H, M]; v: [B, T, G, V]; values: [B, G, N, M, V], the states that enter the chunks;
-        the others as for `slot_softmax`.
+      d_out: [B, T, H, V]; p: [B, T, H, M], packed; v: [B, T, G, V]; values: [B, G, N, M, V], the states that enter the
+        chunks; the others as for `slot_softmax`.
 
     Returns:
       A, what rounding took from it, and dS [B, T, H, 64], by the tokens of the chunk; and [B, T, H, M] each:
@@ -27,7 +27,7 @@ def slot_softmax_backward(d_out, v, parts, mild, write, values, p, *, scale, int
     def rest(chunk, scores_ref, taken_ref, d_scores_ref, key_ref, value_ref, d_before_ref, ds_ref):
         here, pairs, scores, leaving = chunk.here, chunk.pairs, chunk.scores, chunk.leaving
         d_scores, dp = chunk.products
-        p = [tiles.load(tile) for tile in chunk.beside]
+        p = [tiles.load_probabilities(tile) for tile in chunk.beside]
         scores[...] = pairs[0].causal(d_scores)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(scores, d_scores_ref.at[here])

@@ -90,6 +90,18 @@ def _rounded(x, dtype):
     return lax.bitcast_convert_type(bits & ~0xFFFF, jnp.float32)
 
 
+def pack_probabilities(p, dtype):
+    """p in [0, 1], float32 in registers, as two-byte numbers of `dtype`: the bits of 2^15 p in float16, whose rounding
+    of what is above 2e-9 is an eighth of bfloat16's."""
+    return lax.bitcast_convert_type((2.0**15 * p).astype(jnp.float16), dtype)
+
+
+def load_probabilities(ref):
+    """From shared memory to registers, what `pack_probabilities` left."""
+    bits = plgpu.load(ref, layout=REGISTERS)
+    return 2.0**-15 * lax.bitcast_convert_type(bits, jnp.float16).astype(jnp.float32)
+
+
 def sums(window, x, parts):
     """windowᵀ x: what comes from every token whose window, a row of the tile `window`, holds this one.
 

@@ -88,6 +88,15 @@ def added(arrays, index):
     return [*arrays[:index], first + second, *arrays[index + 2 :]]
 
 
+def packed(p, dtype):
+    """Probabilities, as `tiles.pack_probabilities` leaves them."""
+    return (2.0**15 * p).astype(np.float16).view(dtype)
+
+
+def unpacked(x):
+    return np.asarray(x).view(np.float16).astype(np.float64) / 2**15
+
+
 def tokens(*arrays):
     return [by_tokens(x, T) for x in arrays]
 
@@ -191,7 +200,8 @@ def test_slot_softmax(interpreted, operands):
         results = slot_softmax(*arguments, residuals=True, **options)
         without = slot_softmax(*arguments, **options)
     expected = formulas.slot_softmax(*heads(q, k), *operands.gates(), per_head(keys, H), **options)
-    check(added(results, 1), tokens(*expected), "reader value_scores qk before p")
+    *others, p = added(results, 1)
+    check((*others, unpacked(p)), tokens(*expected), "reader value_scores qk before p")
     jax.tree.map(np.testing.assert_array_equal, tuple(without), tuple(results[:2]))
 
 
@@ -214,12 +224,12 @@ def test_slot_softmax_of_products(interpreted, operands):
 
 def test_slot_softmax_backward(interpreted, operands):
     d_out, v, values = operands.normal(B, T, H, V), operands.normal(B, T, G, V), operands.normal(B, G, N, M, V)
-    p = operands.rng.dirichlet(np.ones(M), size=(B, T, H)).astype(operands.dtype)
+    p = packed(operands.rng.dirichlet(np.ones(M), size=(B, T, H)), operands.dtype)
     gates = operands.parts, operands.mild, operands.write
     with interpreted():
         results = slot_softmax_backward(d_out, v, *gates, values, p, scale=SCALE)
     expected = formulas.slot_softmax_backward(
-        *heads(d_out, v), *operands.gates(), per_head(values, H), *heads(p), scale=SCALE
+        *heads(d_out, v), *operands.gates(), per_head(values, H), *heads(unpacked(p)), scale=SCALE
     )
     check(added(results, 0), tokens(*expected), "key_scores d_scores key value d_before ds")
 
@@ -241,10 +251,11 @@ def test_write_backward(interpreted, operands):
 
 def test_gates_backward(interpreted, operands):
     reads = [(operands.scores(), operands.normal(B, T, H, M), operands.normal(B, T, H, M)) for _ in "kv"]
+    p = packed(operands.rng.random((B, T, H, M)), operands.dtype)
     d_key, d_kept = operands.normal(B, T, H, M), operands.normal(B, H, N, M, dtype=np.float32)
     with interpreted():
         results = gates_backward(
-            reads,
+            [reads[0], (*reads[1][:2], p)],
             operands.parts,
             operands.mild,
             operands.write,
@@ -254,5 +265,6 @@ def test_gates_backward(interpreted, operands):
         )
     log_decay, write = operands.gates()
     write = None if operands.write is None else write
+    reads[1] = (*reads[1][:2], unpacked(p))
     expected = formulas.gates_backward([heads(*read) for read in reads], log_decay, write, *heads(d_key), d_kept)
     check(results, tokens(*map(np.asarray, expected)), "d_log_decay" if write is None else "d_log_decay d_write")
