@@ -169,10 +169,12 @@ def kernel(name, body, *outputs, grid, interpret=None, **threads):
     Mosaic would put a barrier before and after every store and before every copy; here the body has them, three times
     fewer. `plgpu.commit_smem` and `plgpu.wait_smem_to_gmem` are such: all threads of the warpgroup have come there. One
     has to lie between a product that reads a tile of shared memory and the store or the copy that overwrites it.
+
+    What it returns takes the operands and, `in_place`, mutable arrays that the body reads and writes; they come behind.
     """
     body.__name__ = name  # as profiles show it
 
-    def call(*operands):
+    def call(*operands, in_place=()):
         operands = vary_alike(*operands)
         run = plgpu.kernel(
             body,
@@ -186,7 +188,7 @@ def kernel(name, body, *outputs, grid, interpret=None, **threads):
             **threads,
         )
         with jax.enable_x64(False):  # the integers of a body are of 32 bits
-            results = run(*operands)
+            results = run(*operands, *in_place)
         return vary_alike(*results, operands[0])[:-1]  # Mosaic forgets over which axes they vary
 
     return call

@@ -58,7 +58,7 @@ def stream(model, prompt, num_tokens, *, sampling=None, key=None, block_size=Non
     carry = _prefill(definition, parameters, prompt, key, **options)
     definition, parameters = _for_decoding(definition, parameters, unroll=unroll)
     for start in range(0, num_tokens, block_size):
-        carry, tokens = _decode(definition, parameters, carry, sampling=sampling, num_tokens=block_size)
+        carry, tokens = _decode(definition, parameters, carry, key, sampling=sampling, num_tokens=block_size)
         yield tokens[:, : num_tokens - start]
 
 
@@ -86,12 +86,11 @@ def _check_prompt(prompt, vocab_size):
 
 @functools.partial(jax.jit, static_argnames=("sampling", "max_length", "unroll"))
 def _prefill(definition, parameters, prompt, key, *, sampling, max_length, unroll):
-    """Reads the prompt; returns the decode loop's carry: (first new token [B], state, key)."""
+    """Reads the prompt; returns the decode loop's carry: (first new token [B], state, how many tokens were drawn)."""
     model = nnx.merge(definition, parameters)
     hidden, state = model.hidden(prompt, model.init_state(prompt.shape[0], max_length))
-    key, token_key = jax.random.split(key)
     state = model.unroll_state(state) if unroll else state
-    return sample(model.logits(hidden[:, -1]), token_key, sampling), state, key
+    return sample(model.logits(hidden[:, -1]), jax.random.fold_in(key, 0), sampling), state, jnp.int32(1)
 
 
 @functools.partial(jax.jit, static_argnames="unroll")
@@ -107,15 +106,16 @@ def _for_decoding(definition, parameters, *, unroll):
 
 
 @functools.partial(jax.jit, static_argnames=("sampling", "num_tokens"), donate_argnames="carry")
-def _decode(definition, parameters, carry, *, sampling, num_tokens):
+def _decode(definition, parameters, carry, key, *, sampling, num_tokens):
     """Emits the carry's token and draws the next one, `num_tokens` times: returns (carry, tokens [B, num_tokens])."""
     model = nnx.merge(definition, parameters)
+    token, state, drawn = carry
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, drawn + jnp.arange(num_tokens))  # at once, not in the loop
 
-    def next_token(carry, _):
-        token, state, key = carry
+    def next_token(carry, key):
+        token, state = carry
         logits, state = model.step(token, state)
-        key, token_key = jax.random.split(key)
-        return (sample(logits, token_key, sampling), state, key), token
+        return (sample(logits, key, sampling), state), token
 
-    carry, tokens = lax.scan(next_token, carry, length=num_tokens)
-    return carry, tokens.T
+    (token, state), tokens = lax.scan(next_token, (token, state), keys)
+    return (token, state, drawn + num_tokens), tokens.T

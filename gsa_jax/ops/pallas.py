@@ -6,12 +6,17 @@ import jax
 import jax.numpy as jnp
 
 from gsa_jax.ops.arguments import forget_at_document_starts
-from pallas_kernels import linear_attention, rms_norm, sizes, slot_attention
+from pallas_kernels import linear_attention, rms_norm, sizes, slot_attention, slot_step
 
 
 def slot_attention_misfit(q, k, v, log_decay, chunk_size):
     """Why these arguments can't go to the kernels, as a sentence that names the argument; None if they can."""
     return _call_misfit(chunk_size) or slot_attention.misfit(q, k, v, log_decay)
+
+
+def slot_step_misfit(q, k, v, log_decay):
+    """As `slot_attention_misfit`, of `gated_slot_attention_step`."""
+    return _call_misfit(None) or slot_step.misfit(q, k, v, log_decay)
 
 
 def linear_attention_misfit(q, k, v, chunk_size):

@@ -22,6 +22,7 @@ from gsa_jax.ops.arguments import (
     ungroup_heads,
     zero_state,
 )
+from pallas_kernels import slot_step
 from pallas_kernels.tiles import vary_alike
 
 _IMPLEMENTATIONS = {
@@ -163,23 +164,50 @@ def gated_slot_attention_step(q, k, v, log_decay, state, write=None, *, scale=1.
     check_scale(scale)
     _check_state("state", state, leading | slots, key_size, value_size)
     dtype = state_dtype(q, log_decay)
-    state = SlotState(*(x.astype(dtype) for x in state))
+    state = (x.astype(dtype) for x in state)
+    step = _step
+    if not pallas.spreads() and pallas.slot_step_misfit(q, k, v, log_decay) is None:
+        step = _step_by_kernels
+        q, scale = static_scale(q, scale)
+    out, *state = step(scale, q, k, v, log_decay, write, *state)
+    return out, SlotState(*state)
 
+
+def _step(scale, q, k, v, log_decay, write, old_keys, old_values):
+    """(out, keys, values)"""
+    dtype = old_keys.dtype
     log_decay = log_decay.astype(dtype)
     if write is None:
         # Both in memory by one kernel, where XLA for GPUs would make two.
         log_decay, write = lax.optimization_barrier(jnp.stack([log_decay, write_strength(log_decay)]))
-    write, key, query = (x.astype(dtype) for x in (write, k, group_heads(q, num_groups)))
-    keys = scan.write(state.keys, log_decay, write, key)
+    write, key, query = (x.astype(dtype) for x in (write, k, group_heads(q, k.shape[1])))
+    keys = scan.write(old_keys, log_decay, write, key)
     # The barrier has the new values in memory, where the read finds them: XLA for GPUs would compute them a second time
     # from the old ones, of which it first makes a copy.
-    values = lax.optimization_barrier(scan.write(state.values, log_decay, write, v.astype(dtype)))
+    values = lax.optimization_barrier(scan.write(old_values, log_decay, write, v.astype(dtype)))
     # `keys` read from what it is made of: XLA for GPUs reads the old keys and writes the new ones in one kernel.
     decay, write = jnp.exp(log_decay)[:, :, None], write[:, :, None]
-    logits = decay * scan.read_rows(state.keys, query) + write * scan.read_rows(key[:, :, None], query)
+    logits = decay * scan.read_rows(old_keys, query) + write * scan.read_rows(key[:, :, None], query)
     p = jax.nn.softmax(scale * logits, axis=-1)
-    out = scan.read_columns(values, p).astype(v.dtype)
-    return ungroup_heads(out), SlotState(keys, values)
+    return ungroup_heads(scan.read_columns(values, p).astype(v.dtype)), keys, values
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _step_by_kernels(scale, *arrays):
+    """As `_step`, whose gradient it has."""
+    return slot_step.gated_slot_attention_step(*arrays, scale=scale)
+
+
+def _step_forward(scale, *arrays):
+    return _step_by_kernels(scale, *arrays), arrays
+
+
+def _step_backward(scale, arrays, cotangents):
+    _, pullback = jax.vjp(functools.partial(_step, scale), *arrays)
+    return pullback(tuple(cotangents))
+
+
+_step_by_kernels.defvjp(_step_forward, _step_backward)
 
 
 def write_strength(log_decay):

@@ -16,11 +16,11 @@ def mesh(device_kind=H100, num_cores=132, **axes):
     return AbstractMesh(tuple(axes.values()), tuple(axes), (AxisType.Auto,) * len(axes), abstract_device=device)
 
 
-def count_kernels(function, *arguments, on=None):
+def count_kernels(function, *arguments, on=None, what="custom_call @mosaic_gpu"):
     """How many calls of kernels there are in `function`, lowered for the devices of a mesh; raises if one can't be."""
     with jax.sharding.use_abstract_mesh(on or mesh()):
         lowered = jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",))
-    return lowered.as_text().count("custom_call @mosaic_gpu")
+    return lowered.as_text().count(what)
 
 
 def shapes(op, sizes, *, dtype=jnp.bfloat16, gates_dtype=jnp.float32, write=False):
