@@ -147,17 +147,24 @@ def of_pairs_by_halving(reads, levels, write, later, d_log_decay, d_write):
 
     def one_level(index, factor, carry):
         d_log_decay, d_write = carry
-        factors[...] = jnp.where(decays.in_later_half(index), factor, tiles.load(write) * factor).astype(dtype)
+
+        def written():  # once more rather than in registers
+            return jnp.where(decays.in_later_half(index), factor, tiles.load(write) * factor)
+
         d_later, d_earlier = 0.0, 0.0
         for scores, _, dy in map(reads, range(2)):
             across[...] = levels.at(index, tiles.load(scores, dtype))
-            later[...] = (factor * dy).astype(dtype)
-            plgpu.commit_smem()
-            d_later += dy * tiles.product((across, factors))
-            d_earlier += tiles.product((tiles.transposed(across), later))
-            plgpu.commit_smem()
+            read = 0.0
+            for part in range(2):  # one after the other by the same tiles: there are no more
+                factors[...] = tiles.two_parts(written(), dtype)[part]
+                later[...] = tiles.two_parts(factor * dy, dtype)[part]
+                plgpu.commit_smem()
+                read += tiles.product((across, factors))
+                d_earlier += tiles.product((tiles.transposed(across), later))
+                plgpu.commit_smem()
+            d_later += dy * read
         # d_later is zero in earlier halves, d_earlier in later ones.
-        change = tiles.load(factors) * (d_later + d_earlier)
+        change = written() * (d_later + d_earlier)
         return d_log_decay + tiles.sums(levels.window(index), change, (across, later)), d_write + factor * d_earlier
 
     d_log_decay, d_write = levels.fold(one_level, (d_log_decay, d_write))
