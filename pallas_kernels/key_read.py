@@ -132,7 +132,7 @@ def key_read(q, k, key, kept, initial, *, interpret=None):
                 def read_states():
                     plgpu.barrier_wait(stored)
                     x = read(qs, slot, states)
-                    plgpu.barrier_arrive(free)
+                    pl.when(step + 1 < steps)(lambda: plgpu.barrier_arrive(free))
                     return x
 
                 def read_others():
