@@ -153,8 +153,8 @@ def gated_slot_attention_step(q, k, v, log_decay, state, write=None, *, scale=1.
     """One token of `gated_slot_attention`: the same equations for q [B, H, K], k [B, G, K], v [B, G, V],
     log_decay and write [B, G, M] and a `SlotState`. Returns (out [B, H, V] in v's dtype, the new `SlotState`).
 
-    On Hopper GPUs kernels do it for bfloat16 and float16 with K and V multiples of 64 and M 64 or 128, differentiable in
-    reverse mode only; else XLA.
+    On Hopper GPUs kernels do it for up to 8 rows of bfloat16 or float16 with K and V multiples of 64 and M 64 or 128,
+    differentiable in reverse mode only; else XLA.
 
     Raises:
       TypeError, ValueError: an argument has the wrong dtype or shape; the message names it.
