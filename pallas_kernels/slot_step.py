@@ -18,7 +18,7 @@ from pallas_kernels.tiles import SIZE, along_columns, along_rows
 MOST_SLOTS = 128
 """slots M that registers hold, for 64 channels"""
 MOST_ROWS = 8
-"""B with which these kernels are faster than what XLA makes: at 16 they are not"""
+"""B up to which these kernels are taken: measured at 1, faster than what XLA makes, and at 16, no faster"""
 ROWS_IN_A_WARP = plgpu.Layout.TILED(
     plgpu.Tiling(((8, SIZE), (SIZE // 4,), (4,))), warp_dims=(-3,), lane_dims=(-4, -2), vector_dim=-1
 )
