@@ -16,6 +16,28 @@ def _channels(step):
     return pl.ds(step * SIZE, SIZE)
 
 
+def _in_flight(arrays, num_steps, pool, stages, arrived):
+    """Tiles of several arrays on their way to shared memory, those of a step together.
+
+    Returns:
+      (tile, request, start): the tile of an array at a stage; a function that asks for those of a step; `start`, as
+      `inner_products` returns it.
+    """
+
+    def tile(slot, number):
+        return pool.at[len(arrays) * slot + number]
+
+    def request(step, slot):
+        for number, array in enumerate(arrays):
+            plgpu.copy_gmem_to_smem(array(step), tile(slot, number), arrived(slot))
+
+    def start(first=0, last=stages):
+        for step in range(first, min(last, num_steps)):
+            request(step, step)
+
+    return tile, request, start
+
+
 def inner_products(arrays, pairs, width, pool, stages, arrived):
     """Σ_c x_ic y_jc over all channels c, float32 in registers, for each pair (x, y).
 
@@ -34,17 +56,8 @@ def inner_products(arrays, pairs, width, pool, stages, arrived):
       does the rest.
     """
     num_steps = width // SIZE
-
-    def tile(slot, number):
-        return pool.at[len(arrays) * slot + number]
-
-    def request(step, slot):
-        for number, array in enumerate(arrays):
-            plgpu.copy_gmem_to_smem(array(_channels(step)), tile(slot, number), arrived(slot))
-
-    def start(first=0, last=stages):
-        for step in range(first, min(last, num_steps)):
-            request(step, step)
+    arrays = [lambda step, array=array: array(_channels(step)) for array in arrays]
+    tile, request, start = _in_flight(arrays, num_steps, pool, stages, arrived)
 
     def accumulate(*accumulators):
         def one_step(step, _):
@@ -74,17 +87,7 @@ def sums(arrays, results, num_parts, pool, stages, arrived):
       arrays: functions that give the reference to a part of an array, [64, 64] each.
       num_parts: how many parts there are.
     """
-
-    def tile(slot, number):
-        return pool.at[len(arrays) * slot + number]
-
-    def request(part, slot):
-        for number, array in enumerate(arrays):
-            plgpu.copy_gmem_to_smem(array(part), tile(slot, number), arrived(slot))
-
-    def start(first=0, last=stages):
-        for part in range(first, min(last, num_parts)):
-            request(part, part)
+    tile, request, start = _in_flight(arrays, num_parts, pool, stages, arrived)
 
     def finish():
         totals = [0.0] * len(results)
