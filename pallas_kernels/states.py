@@ -2,6 +2,7 @@
 
 import functools
 
+import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
@@ -95,13 +96,24 @@ def _forgotten(kept, reverse):
 
 
 def _between_segments(added, kept, initial, reverse):
-    """The states [B, H, S, M, D] that enter the segments, from what each but the last one in time adds and all keep."""
-    _, num_heads, num_others, *_ = added.shape
-    kept = jnp.repeat(kept, num_heads // kept.shape[1], axis=1)[..., None]
-    states = [initial[:, :, 0]]
-    for i in range(num_others)[:: -1 if reverse else 1]:
-        states.append(kept[:, :, i + reverse] * states[-1] + added[:, :, i])
-    return jnp.stack(states[:: -1 if reverse else 1], axis=2)
+    """The states [B, H, S, M, D] that enter the segments, from what each but the last one in time adds and all keep.
+
+    In log2(S) steps, each of which doubles the segments that are counted: so few are quickly compiled.
+    """
+    num_segments = kept.shape[2]
+
+    def later(x, by):
+        """x so many segments later in time, zeros where there is none."""
+        before, after = (by, num_segments - by - x.shape[2])[:: -1 if reverse else 1]
+        config = [(before, after, 0) if axis == 2 else (0, 0, 0) for axis in range(x.ndim)]
+        return lax.pad(x, jnp.zeros((), x.dtype), config)
+
+    kept = later(jnp.repeat(kept, added.shape[1] // kept.shape[1], axis=1)[..., None], 1)
+    states, counted = later(initial, 0) + later(added, 1), 1
+    while counted < num_segments:
+        states, kept = states + kept * later(states, counted), kept * later(kept, counted)
+        counted *= 2
+    return states
 
 
 def _block(width):
@@ -109,6 +121,7 @@ def _block(width):
     return 128 if width % 128 == 0 else 64
 
 
+@functools.partial(jax.jit, static_argnames=("reverse", "interpret"))  # equal kernels are lowered and compiled once
 def _segments(x, key, kept, initial, *, other=None, reverse=False, skip=None, interpret=None):
     """`chunk_states` of S segments, each from its own initial state [B, H, S, M, D].
 
