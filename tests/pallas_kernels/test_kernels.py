@@ -136,6 +136,21 @@ def test_chunk_states(interpreted, operands, reverse, segments, forgets, monkeyp
         check([dots[0].sum(3)], [(expected_before * per_head(other, H)).sum(-1)], "dot")
 
 
+@pytest.mark.parametrize("num_segments", [2, 3, 8, 13])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_states_between_segments(num_segments, reverse):
+    rng = np.random.default_rng(0)
+    initial = rng.standard_normal((2, 4, 1, 3, 5), np.float32)
+    added = rng.standard_normal((2, 4, num_segments - 1, 3, 5), np.float32)
+    kept = rng.choice([0, 0.5, 0.9, 1], (2, 2, num_segments, 3)).astype(np.float32)
+    found = states._between_segments(added, kept, initial, reverse)
+    in_time = slice(None, None, -1 if reverse else 1)
+    factors, summands, expected = per_head(kept, 4)[:, :, in_time, :, None], added[:, :, in_time], [initial[:, :, 0]]
+    for i in range(num_segments - 1):
+        expected.append(factors[:, :, i] * expected[-1] + summands[:, :, i])
+    assert_close({"states": found}, {"states": np.stack(expected, axis=2)[:, :, in_time]}, 1e-6)
+
+
 def test_chunks_that_leave_nothing():
     kept = np.ones((1, 1, 3, 4, 2), np.float32)
     kept[0, 0, 0, 2] = 0, 1e-36  # all slots of the first segment forget in its third chunk, one of the second
