@@ -180,17 +180,17 @@ def key_read(q, k, key, kept, initial, *, interpret=None):
                 plgpu.wait_smem_to_gmem(0)
 
         # One after another, in the same shared memory: a scope begins when all warpgroups have left the one before.
-        full = tiles.scratch((WARPGROUPS, *SQUARE))
+        full = plgpu.SMEM((WARPGROUPS, *SQUARE), jnp.float32)
         scoped = functools.partial(pl.run_scoped, collective_axes="warpgroup")
         state = scoped(initial_state, full, plgpu.Barrier(num_barriers=WARPGROUPS))
         state = scoped(
             functools.partial(all_chunks, state),
-            tiles.scratch((STAGES, WARPGROUPS, *SQUARE), dtype),
-            tiles.scratch((STAGES, WARPGROUPS, *SQUARE), dtype),
-            tiles.scratch((STAGES, *SQUARE), dtype),
-            tiles.scratch((STAGES, SIZE)),
-            tiles.scratch((WARPGROUPS, *SQUARE), dtype),
-            tiles.scratch((TILES, *SQUARE), dtype),
+            plgpu.SMEM((STAGES, WARPGROUPS, *SQUARE), dtype),
+            plgpu.SMEM((STAGES, WARPGROUPS, *SQUARE), dtype),
+            plgpu.SMEM((STAGES, *SQUARE), dtype),
+            plgpu.SMEM((STAGES, SIZE), jnp.float32),
+            plgpu.SMEM((WARPGROUPS, *SQUARE), dtype),
+            plgpu.SMEM((TILES, *SQUARE), dtype),
             plgpu.Barrier(num_arrivals=2 * WARPGROUPS + 2, num_barriers=STAGES),
             plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=STAGES),
             plgpu.Barrier(num_arrivals=WARPGROUPS),

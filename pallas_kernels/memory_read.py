@@ -174,17 +174,17 @@ def _memory_read(x, key, kept, initial, scores, reader, *, states, interpret):
                 plgpu.wait_smem_to_gmem(0)
 
         # One after another, in the same shared memory: a scope begins when all warpgroups have left the one before.
-        full = tiles.scratch((warpgroups, num_slots, SIZE))
+        full = plgpu.SMEM((warpgroups, num_slots, SIZE), jnp.float32)
         scoped = functools.partial(pl.run_scoped, collective_axes="warpgroup")
         state = scoped(initial_state, full, plgpu.Barrier(num_barriers=warpgroups))
         state = scoped(
             functools.partial(all_chunks, state),
-            tiles.scratch((stages, warpgroups, *SQUARE), dtype),
-            tiles.scratch((stages, SIZE, num_slots), dtype),
-            tiles.scratch((stages, SIZE, num_slots), dtype),
-            tiles.scratch((stages, num_scores, *SQUARE), dtype),
-            tiles.scratch((stages, num_slots)),
-            tiles.scratch((warpgroups, leaving, *SQUARE), dtype),
+            plgpu.SMEM((stages, warpgroups, *SQUARE), dtype),
+            plgpu.SMEM((stages, SIZE, num_slots), dtype),
+            plgpu.SMEM((stages, SIZE, num_slots), dtype),
+            plgpu.SMEM((stages, num_scores, *SQUARE), dtype),
+            plgpu.SMEM((stages, num_slots), jnp.float32),
+            plgpu.SMEM((warpgroups, leaving, *SQUARE), dtype),
             plgpu.Barrier(num_arrivals=3 + num_scores + warpgroups, num_barriers=stages),
             plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
         )

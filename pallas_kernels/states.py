@@ -208,15 +208,15 @@ def _segments(x, key, kept, initial, *, other=None, reverse=False, skip=None, in
             plgpu.wait_smem_to_gmem(0)
 
         # One after another, in the same shared memory.
-        full = tiles.scratch((SIZE, block))
+        full = plgpu.SMEM((SIZE, block), jnp.float32)
         state = pl.run_scoped(initial_state, full, plgpu.Barrier())
         state = pl.run_scoped(
             functools.partial(all_chunks, state),
-            tiles.scratch((STAGES, SIZE, block), x.dtype),
-            tiles.scratch((STAGES, *SQUARE), x.dtype),
+            plgpu.SMEM((STAGES, SIZE, block), x.dtype),
+            plgpu.SMEM((STAGES, *SQUARE), x.dtype),
             plgpu.SMEM((STAGES, SIZE), jnp.float32),
-            tiles.scratch((2, SIZE, block), x.dtype) if states_refs else None,
-            tiles.scratch((STAGES, SIZE, block), x.dtype) if other_refs else None,
+            plgpu.SMEM((2, SIZE, block), x.dtype) if states_refs else None,
+            plgpu.SMEM((STAGES, SIZE, block), x.dtype) if other_refs else None,
             plgpu.SMEM((2, SIZE), jnp.float32) if other_refs else None,
             plgpu.Barrier(num_arrivals=3 + len(other_refs), num_barriers=STAGES),
         )

@@ -2,6 +2,9 @@
 
 A tile is 64 tokens or slots, the rows of one wgmma instruction, by 64 channels: two-byte numbers in shared memory, or
 one array in the registers of a warpgroup. All functions here speak of one tile.
+
+Shared memory is declared without transforms: Mosaic lays two-byte tiles out as wgmma reads them, in tiles of 8 rows
+with 128 bytes swizzled, because of what is done with them. To state the same makes every access slower to lower.
 """
 
 import math
@@ -30,13 +33,6 @@ ROWS = plgpu.Layout.WGMMA.reduce(1)
 """one number a row"""
 COLUMNS = plgpu.Layout.WGMMA.reduce(0)
 """one number a column"""
-
-
-def scratch(shape, dtype=jnp.float32):
-    """An array in shared memory; tiles of two-byte numbers as wgmma reads them."""
-    swizzled = (plgpu.TilingTransform((8, SIZE)), plgpu.SwizzleTransform(128))
-    is_operand = len(shape) >= 2 and jnp.dtype(dtype).itemsize == 2
-    return plgpu.SMEM(shape, dtype, transforms=swizzled if is_operand else ())
 
 
 def anew(tiles, step):
@@ -280,9 +276,9 @@ def chunk_kernel(
 
         pl.run_scoped(
             scoped,
-            scratch((warpgroups, tiles, *SQUARE), dtype),
-            scratch((constants, *SQUARE), dtype) if constants else None,
-            [scratch((warpgroups, *shape)) for shape in floats],
+            plgpu.SMEM((warpgroups, tiles, *SQUARE), dtype),
+            plgpu.SMEM((constants, *SQUARE), dtype) if constants else None,
+            [plgpu.SMEM((warpgroups, *shape), jnp.float32) for shape in floats],
             {name: _barriers(warpgroups, n) for name, n in arrivals.items()},
             plgpu.Barrier(num_arrivals=max(constants, 1)),
             collective_axes="warpgroup",
